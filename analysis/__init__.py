@@ -1,0 +1,1 @@
+"""What a search found, from its records and stored predictions alone: no torch, no ray, no checkpoint."""

@@ -1,0 +1,158 @@
+"""A run folder as the numbers a report is made of.  Predictions are read and dropped trial by trial."""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayltr import metrics, records
+
+Floats = NDArray[np.float64]
+Groups = Mapping[str, NDArray[np.int64]]
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """One trial and, where its predictions are stored, what they say.
+
+    row: the fixed columns of the records.  params: its active parameters.  recorded: the metrics in the records.
+    val: `metrics.summary` of the validation predictions, or of the same names in the records.
+    curve: `metrics.sweep` at the fitted temperature.  per_class: validation accuracy [C] at the fitted tau and
+    temperature.  error: one standard error of the fitted balanced accuracy, from the finite number of images.
+    test: scores on the test split at the tau and temperature fitted on validation.  problem: why one is missing.
+    """
+
+    row: dict[str, Any]
+    params: dict[str, Any]
+    recorded: dict[str, float]
+    val: dict[str, float]
+    curve: dict[str, Floats] | None = None
+    per_class: Floats | None = None
+    error: float = math.nan
+    test: dict[str, float] = field(default_factory=dict)
+    problem: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"#{self.row['number']}" if self.row["number"] is not None else str(self.row["trial"])
+
+    @property
+    def control(self) -> bool:
+        """Whether this is the control arm: plain cross-entropy, no tricks."""
+        return self.params.get("arm") == "control"
+
+    def points(self) -> Floats:
+        """(tau, many, few) [K, 3]: along the tau curve, or raw and fitted where only metrics were recorded."""
+        if self.curve is not None:
+            return np.stack([self.curve["tau"], self.curve["many"], self.curve["few"]], 1)
+        raw = (0.0, self.val["many"], self.val["few"])
+        return np.array([raw, (self.val["tau"], self.val["fitted_many"], self.val["fitted_few"])])
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder: run.json, the training counts and names of its classes, their groups, and its trials."""
+
+    folder: str
+    info: dict[str, Any]
+    counts: NDArray[np.int64]
+    classes: list[str]
+    groups: Groups
+    rule: str
+    trials: list[Trial]
+
+    @property
+    def finished(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.row["state"] == "complete"]
+
+    def best(self, score: str) -> Trial | None:
+        """The finished trial with the largest validation score; None if no finished trial has one."""
+        measured = [trial for trial in self.finished if math.isfinite(trial.val[score])]
+        return max(measured, key=lambda trial: trial.val[score], default=None)
+
+    @property
+    def control(self) -> Trial | None:
+        """The first finished control arm."""
+        return next((trial for trial in self.finished if trial.control), None)
+
+
+def load(folder: str | os.PathLike) -> Run:
+    """Read a run folder.  Raises ValueError, in one line, for what is no run, has no trials or cannot be read."""
+    info = records.read_run(folder)
+    rows = records.read_trials(folder).to_pylist()
+    if not rows:
+        raise ValueError(f"{os.fspath(folder)} has no trials yet")
+    counts = np.asarray(info["data"]["counts"], np.int64)
+    names = [str(name) for name in info["data"].get("classes", range(len(counts)))]
+    groups, rule = metrics.groups(counts)
+    trials = [_trial(folder, row, groups) for row in sorted(rows, key=_number)]
+    return Run(os.fspath(folder), info, counts, names, groups, rule, trials)
+
+
+def _number(row: Mapping[str, Any]) -> float:
+    return math.inf if row["number"] is None else row["number"]
+
+
+def _trial(folder: str | os.PathLike, row: dict[str, Any], groups: Groups) -> Trial:
+    params = {k.removeprefix(records.PARAMETER): v for k, v in row.items() if k.startswith(records.PARAMETER)}
+    recorded = {k.removeprefix(records.METRIC): v for k, v in row.items() if k.startswith(records.METRIC)}
+    recorded = {name: value for name, value in recorded.items() if value is not None}
+    trial = Trial(
+        row={name: row[name] for name in records.TRIALS.names},
+        params={name: value for name, value in params.items() if value is not None},
+        recorded=recorded,
+        val={name: recorded.get(name, math.nan) for name in metrics.SUMMARY},
+    )
+    for read in (_validation, _test):
+        try:
+            trial = replace(trial, **read(trial, folder, groups))
+        except ValueError as error:
+            trial = replace(trial, problem=f"{trial.label}: {error}")
+    return trial
+
+
+def _validation(trial: Trial, folder: str | os.PathLike, groups: Groups) -> dict[str, Any]:
+    """The fields of a trial that its validation predictions give; none where none are stored."""
+    if not trial.row["predictions_val"]:
+        return {}
+    z, target, counts = _logits(folder, trial.row["predictions_val"], groups)
+    val = metrics.summary(z, target, counts, groups)
+    if math.isnan(val["tau"]):
+        return {"val": val}
+    per_class = metrics.class_accuracy(
+        metrics.predicted(z, counts, val["tau"], val["temperature"]), target, len(counts)
+    )
+    return {
+        "val": val,
+        "curve": metrics.sweep(z, target, counts, groups, val["temperature"]),
+        "per_class": per_class,
+        "error": _standard_error(per_class, np.bincount(target, minlength=len(counts))),
+    }
+
+
+def _test(trial: Trial, folder: str | os.PathLike, groups: Groups) -> dict[str, Any]:
+    """The test scores, if test predictions are stored and validation gave a tau and a temperature."""
+    if not trial.row["predictions_test"] or math.isnan(trial.val["tau"]):
+        return {}
+    z, target, counts = _logits(folder, trial.row["predictions_test"], groups)
+    return {"test": metrics.scores(z, target, counts, groups, trial.val["tau"], trial.val["temperature"])}
+
+
+def _logits(folder: str | os.PathLike, name: str, groups: Groups) -> tuple[NDArray, NDArray, NDArray]:
+    """Logits of the first head, target and training counts.  ValueError if they are not of this run's classes."""
+    stored = records.read_predictions(records.within(folder, name))
+    classes = sum(len(members) for members in groups.values())
+    if len(stored.counts) != classes:
+        raise ValueError(f"{name} has {len(stored.counts)} classes, the run has {classes}")
+    return next(iter(stored.logits.values())), stored.target, stored.counts
+
+
+def _standard_error(per_class: Floats, images: NDArray[np.int64]) -> float:
+    """Of the mean of the class accuracies, each a share of its own number of images (binomial)."""
+    measured = images > 0
+    variance = per_class[measured] * (1 - per_class[measured]) / images[measured]
+    return float(np.sqrt(variance.sum()) / max(measured.sum(), 1))

@@ -1,0 +1,39 @@
+// Sorting: a heading's button sorts its table, numbers as numbers; gaps stay last in both directions.
+const key = (row, i) => {
+  const cell = row.cells[i], raw = cell.dataset.v ?? cell.textContent.trim();
+  if (raw === "" || raw === "–") return null;
+  return raw !== "" && !isNaN(raw) ? Number(raw) : raw;
+};
+const order = (a, b) =>
+  typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), undefined, { numeric: true });
+for (const button of document.querySelectorAll(".sortable th button")) {
+  button.addEventListener("click", () => {
+    const head = button.closest("th"), body = head.closest("table").tBodies[0], i = head.cellIndex;
+    const first = head.classList.contains("n") ? "descending" : "ascending";
+    const other = first === "ascending" ? "descending" : "ascending";
+    const way = head.getAttribute("aria-sort") === first ? other : first;
+    for (const th of head.parentNode.cells) th.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", way);
+    const keyed = [...body.rows].map((row) => [key(row, i), row]);
+    keyed.sort(([a], [b]) =>
+      a === null || b === null ? (a === null) - (b === null) : (way === "ascending" ? 1 : -1) * order(a, b));
+    body.append(...keyed.map(([, row]) => row));
+  });
+}
+for (const button of document.querySelectorAll(".copy")) {
+  button.addEventListener("click", async () => {
+    const code = button.previousElementSibling;
+    try {
+      await navigator.clipboard.writeText(code.textContent);
+      button.textContent = "Copied";
+      setTimeout(() => (button.textContent = "Copy"), 1500);
+    } catch {
+      getSelection().selectAllChildren(code);  // not every browser lends the clipboard to a local file
+    }
+  });
+}
+// Paper has its own width, and browsers do not tell charts: set it before printing, give it back after.
+const charts = () => document.querySelectorAll(".js-plotly-plot");
+addEventListener("beforeprint", () => charts().forEach((chart) => Plotly.relayout(chart, { width: 660, height: 400 })));
+addEventListener("afterprint", () =>
+  charts().forEach((chart) => Plotly.relayout(chart, { width: null, height: null, autosize: true })));

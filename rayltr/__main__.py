@@ -1,0 +1,27 @@
+"""`rayltr search|train|export|predict|report ...`: the commands under one name."""
+
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "search": ("rayltr.search", "search the recipes of a study on your data"),
+    "train": ("rayltr.recipe", "train one recipe, without a search"),
+    "export": ("rayltr.export", "write the best configuration and weights of a run as files"),
+    "predict": ("rayltr.predict", "use an exported model on images"),
+    "report": ("analysis.__main__", "write the report of a run"),
+}
+
+
+def main() -> int:
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in COMMANDS:
+        command = import_module("rayltr.command")  # only the command that was asked for is imported
+        del sys.argv[1]
+        return command.run(import_module(COMMANDS[name][0]).main)
+    lines = [f"  {command:9}{text}" for command, (_, text) in COMMANDS.items()]
+    print("\n".join(["usage: rayltr COMMAND ...", "", *lines, "", "rayltr COMMAND --help says more"]))
+    return 0 if name in ("-h", "--help") else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""Which names and keywords exist on every axis, read from the source text: checks and completes stages.
+
+A misspelt loss must be answered in well under a second, and torch alone takes longer than that to import.  So the
+tables (`LOSSES = {f.__name__: f for f in (...)}` or a literal dict) are parsed, not imported.  Functions of the
+user's own study file take part after `extend`.
+"""
+
+import ast
+import difflib
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rayltr.spec import AXES, Fn, Stage, end, fn, parents
+
+ROOT = Path(__file__).parent
+
+TABLES = {
+    "source": ("data", "SOURCES"),
+    "views": ("views.py", "VIEWS"),
+    "sampler": ("samplers.py", "SAMPLERS"),
+    "mixing": ("mixing.py", "MIXINGS"),
+    "backbone": ("backbones.py", "BACKBONES"),
+    "head": ("heads.py", "HEADS"),
+    "loss": ("losses.py", "LOSSES"),
+    "weight": ("losses.py", "CLASS_WEIGHTS"),
+    "optimiser": ("optim.py", "OPTIMISERS"),
+    "schedule": ("optim.py", "SCHEDULES"),
+}
+WORDS = {"views": "view", "weight": "class weight"}
+PRECISIONS = ("fp32", "bf16")
+
+USER: dict[str, Callable] = {}
+"""Functions of the user's study file, by name."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What may be written in a Fn: defaults by keyword, and the keywords that have none."""
+
+    defaults: dict[str, Any]
+    required: tuple[str, ...] = ()
+
+    @property
+    def keywords(self) -> tuple[str, ...]:
+        return (*self.required, *self.defaults)
+
+
+def extend(module: ModuleType) -> None:
+    """Makes the functions defined in the user's study file usable by name."""
+    USER.update({k: v for k, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__})
+
+
+@cache
+def names(axis: str) -> dict[str, Signature]:
+    """The built-in entries of an axis with their signatures."""
+    if axis == "method":
+        files = [path for path in sorted((ROOT / "methods").glob("*.py")) if path.stem != "__init__"]
+        return {path.stem: _method(path) for path in files}
+    place, table = TABLES[axis]
+    paths = sorted((ROOT / place).glob("*.py")) if (ROOT / place).is_dir() else [ROOT / place]
+    trees = [ast.parse(path.read_text()) for path in paths]
+    functions = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
+    entries = next(found for tree in trees if (found := _table(tree, table)))
+    common = _signature(functions["subset"]).defaults if axis == "source" else {}
+    found = {name: _signature(functions[function]) for name, function in entries.items()}
+    return {name: Signature({**s.defaults, **common}, s.required) for name, s in found.items()}
+
+
+def _method(path: Path) -> Signature:
+    tree = ast.parse(path.read_text())
+    made = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Method")
+    return _signature(next(f for f in made.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"))
+
+
+def _table(tree: ast.Module, name: str) -> dict[str, str]:
+    for node in tree.body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if isinstance(target, ast.Name) and target.id == name:
+            value = getattr(node, "value", None)
+            if isinstance(value, ast.Dict):
+                return {ast.literal_eval(k): v.id for k, v in zip(value.keys, value.values, strict=True)}  # type: ignore
+            if isinstance(value, ast.DictComp):
+                return {item.id: item.id for item in value.generators[0].iter.elts}  # type: ignore[attr-defined]
+    return {}
+
+
+def _signature(function: ast.FunctionDef) -> Signature:
+    pairs = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
+    given = [(arg.arg, default) for arg, default in pairs]
+    return Signature(
+        {name: ast.literal_eval(default) for name, default in given if default is not None},
+        tuple(name for name, default in given if default is None),
+    )
+
+
+def _user_signature(function: Callable) -> Signature:
+    given = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return Signature(
+        {p.name: p.default for p in given if p.default is not p.empty},
+        tuple(p.name for p in given if p.default is p.empty),
+    )
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`did you mean a? ` and the list of what exists, for an error message."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    return f"{hint}known: {', '.join(known)}"
+
+
+def signature(axis: str, choice: Fn) -> Signature:
+    """The signature of a choice.  Raises ValueError, listing what exists, when there is no such name."""
+    if choice.name in names(axis):
+        return names(axis)[choice.name]
+    if choice.name in USER and axis != "method":
+        return _user_signature(USER[choice.name])
+    raise ValueError(f"unknown {WORDS.get(axis, axis)} {choice.name!r}: {nearest(choice.name, names(axis))}")
+
+
+def completed(axis: str, choice: Fn) -> Fn:
+    """The choice with its defaults written out and integers made floats where the default is a float.
+
+    Raises ValueError for an unknown name, an unknown keyword or a required keyword left out.
+    """
+    sign, given = signature(axis, choice), dict(choice.keywords)
+    word = f"{WORDS.get(axis, axis)} {choice.name}"
+    for keyword in given:
+        if keyword not in sign.keywords and keyword != "code":
+            raise ValueError(f"{word} has no keyword {keyword!r}: {nearest(keyword, sign.keywords)}")
+    if missing := [keyword for keyword in sign.required if keyword not in given]:
+        raise ValueError(f"{word} needs the keyword {missing[0]!r}")
+    whole = {key: _like(default, given.get(key, default)) for key, default in sign.defaults.items()}
+    extra = {"code": _source_digest(USER[choice.name])} if choice.name not in names(axis) else {}
+    return fn(choice.name, **{**given, **whole, **extra})
+
+
+def _like(default: Any, value: Any) -> Any:
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(default, tuple) and isinstance(value, tuple) and any(isinstance(item, float) for item in default):
+        return tuple(float(item) if isinstance(item, int) else item for item in value)
+    return value
+
+
+def _source_digest(function: Callable) -> str:
+    """A user's function is part of a stage's identity by its text: an edited loss never meets old weights."""
+    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
+
+
+def complete(stage: Stage) -> Stage:
+    """The whole chain with every default written out.  Raises ValueError with one clear line for what cannot be."""
+    changes: dict[str, Any] = {role: complete(parent) for role, parent in parents(stage).items()}
+    for axis in AXES:
+        choice = getattr(stage, axis)
+        if isinstance(choice, tuple):
+            changes[axis] = tuple(completed(axis, view) for view in choice)
+        elif choice is not None:
+            changes[axis] = completed(axis, choice)
+    whole = stage.but(**changes)
+    whole = whole.but(horizon=whole.horizon or max(end(whole), 1))
+    _check(whole)
+    return whole
+
+
+def _check(stage: Stage) -> None:
+    for name in ("epochs", "horizon", "batch", "seed"):
+        value = getattr(stage, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < (1 if name in ("batch", "horizon") else 0):
+            raise ValueError(f"a stage's {name} is a whole number, not {value!r}")
+    if stage.precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {stage.precision!r}: {nearest(stage.precision, PRECISIONS)}")
+    if stage.resume and stage.init:
+        raise ValueError("a stage either resumes another or is initialised from it, not both")
+    if end(stage) > stage.horizon:  # type: ignore[operator]
+        raise ValueError(f"the stage ends at epoch {end(stage)}, beyond its horizon of {stage.horizon} epochs")
+    if not stage.views:
+        raise ValueError("a stage needs at least one view; fn('identity') leaves images as they are")
+    if stage.resume:
+        _check_resume(stage, stage.resume)
+
+
+def _check_resume(stage: Stage, before: Stage) -> None:
+    """What owns weights must stay when weights and optimiser go on; losses, samplers, views and numbers may change."""
+    for axis in ("source", "backbone", "head"):
+        if getattr(stage, axis) != getattr(before, axis):
+            raise ValueError(f"a stage that resumes another keeps its {axis} ({getattr(before, axis).name}); use init=")

@@ -1,0 +1,40 @@
+"""Which trials a run would ship, from its records alone."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+BEST = {
+    "balanced": ("fitted_balanced", "fitted_nll"),
+    "many": ("fitted_many", "fitted_balanced"),
+    "few": ("fitted_few", "fitted_balanced"),
+}
+"""The choices on offer: the validation score that decides, and the one that breaks ties (all at fitted tau)."""
+
+
+def best(rows: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The best complete trial by balanced, many and few accuracy, and the best of the control arm (`control`).
+
+    rows: of the trials table.  A choice that no trial allows (no finite score) is absent.
+    """
+    done = [row for row in rows if row["state"] == "complete"]
+    found = {name: top(done, *scores) for name, scores in BEST.items()}
+    found["control"] = top([row for row in done if row.get("p.arm") == "control"], *BEST["balanced"])
+    return {name: row for name, row in found.items() if row is not None}
+
+
+def top(rows: Iterable[Mapping[str, Any]], first: str, second: str) -> Mapping[str, Any] | None:
+    measured = [row for row in rows if math.isfinite(score(row, first))]
+    return max(measured, key=lambda row: (score(row, first), signed(row, second)), default=None)
+
+
+def score(row: Mapping[str, Any], name: str) -> float:
+    """A validation metric of a row of the trials table; nan where there is none."""
+    value = row.get(f"m.val.{name}")
+    return math.nan if value is None else value
+
+
+def signed(row: Mapping[str, Any], name: str) -> float:
+    """A score so that more is better: the NLL counts against."""
+    value = score(row, name)
+    return -value if name.endswith("nll") else value

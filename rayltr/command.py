@@ -1,0 +1,171 @@
+"""What the commands share: options, exit codes, one clear line for every error."""
+
+import argparse
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rayltr import catalogue, records
+from rayltr.data import Data, load, recognise
+from rayltr.spec import Fn, Stage, chain, dump, fn
+from rayltr.studies import Plan
+
+USAGE, PREFLIGHT, FAILED, INTERRUPTED = 2, 3, 4, 130
+"""Exit codes: bad input; machines, storage or data that do not fit; some trials failed; interrupted, to be resumed."""
+
+VERSIONS = ("rayltr", "torch", "torchvision", "ray", "optuna", "timm", "numpy", "pyarrow")
+
+
+class Refused(Exception):
+    """Nothing was started; the message says why and what is possible."""
+
+    def __init__(self, message: str, code: int = PREFLIGHT):
+        super().__init__(message)
+        self.code = code
+
+
+def run(main: Callable[[Sequence[str] | None], int], arguments: Sequence[str] | None = None) -> int:
+    """Calls a command and turns what a user can mend into one line on standard error and an exit code."""
+    try:
+        return main(arguments)
+    except Refused as refusal:
+        code, text = refusal.code, str(refusal)
+    except ValueError as error:
+        code, text = USAGE, str(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    print(f"rayltr: {' '.join(text.split())}", file=sys.stderr)
+    return code
+
+
+def data_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say what is trained on and how long."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", metavar="NAME|PATH", help="a source by name (digits, cifar10, cifar100, synthetic), or "
+                       "a folder of images, Parquet files or list files; default: the study's own")  # fmt: skip
+    group.add_argument("--ratio", type=float, metavar="R", help="build a long tail: largest class / smallest class, >= 1")
+    group.add_argument("--profile", choices=("exponential", "step", "pareto"), help="shape of the tail that is built")
+    group.add_argument("--imbalance-seed", type=int, metavar="N", help="which images the long tail keeps (default 0)")
+    group.add_argument("--paper-split", action="store_true", help="exactly the published training set")
+    group.add_argument("--validation", choices=("surplus", "official", "cv", "holdout"), help="default: what fits")
+    group.add_argument("--size", type=int, metavar="PX", help="resize and crop images to PX x PX")
+    group.add_argument("--skip-corrupt", action="store_true", help="leave out images that cannot be read")
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=int, metavar="E", help="length of a whole chain; every stage keeps its share")
+    group.add_argument("--batch", type=int, metavar="B", help="images per step, over all workers")
+    group.add_argument("--backbone", metavar="NAME[:ARG]", help="e.g. resnet32, timm:resnet50, torchvision:resnet18")
+    group.add_argument("--precision", choices=catalogue.PRECISIONS, help="default: bf16 where the processor has it")
+    group.add_argument("--seed", type=int, metavar="N", help="of weights and batches (default: the recipe's own, 0)")
+
+
+def source_of(options: argparse.Namespace, default: Fn) -> Fn:
+    """The source that the options name, with their changes.  Raises ValueError for one that does not exist."""
+    source = default if options.data is None else named_source(options.data)
+    changes = {name: getattr(options, name) for name in ("ratio", "profile", "imbalance_seed", "validation", "size")}
+    changes |= {name: getattr(options, name) or None for name in ("paper_split", "skip_corrupt")}
+    source = source.but(**{name: value for name, value in changes.items() if value is not None})
+    catalogue.completed("source", source)
+    return source
+
+
+def named_source(text: str) -> Fn:
+    if text in catalogue.names("source"):
+        return fn(text)
+    if Path(text).exists():
+        return recognise(Path(text).absolute())
+    known = catalogue.nearest(text, catalogue.names("source"))
+    raise ValueError(f"unknown source {text!r}, and no such path: {known}; or the path of a folder")
+
+
+def plan_of(options: argparse.Namespace, place: str, default: Stage) -> Plan:
+    """The plan that the options ask for.  `place`: name or path of the study; `default`: a chain, for its source."""
+    name, _, argument = (options.backbone or "").partition(":")
+    return Plan(
+        study=place,
+        source=source_of(options, default.source),
+        epochs=options.epochs,
+        batch=options.batch,
+        backbone=fn(name, **({"model": argument} if argument else {})) if name else None,
+        precision=options.precision,
+        seed=options.seed,
+    )
+
+
+def native_precision() -> str:
+    """bf16 where the processor computes in it, else fp32: elsewhere it is emulated and slower."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "fp32"
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
+
+
+def opened(source: Fn) -> Data:
+    """The data of a source.  Raises `Refused` with one line for what cannot be read."""
+    try:
+        return load(source)
+    except (ValueError, OSError) as error:
+        raise Refused(str(error)) from error
+
+
+def fitting_batch(images: int) -> int:
+    """Images per step for small sets, so that an epoch has some twenty steps: 16 ... 128."""
+    return max(size for size in (16, 32, 64, 128) if size == 16 or images >= 20 * size)
+
+
+def described(source: Fn, data: Data) -> str:
+    """One line about the data."""
+    ratio = source.get("ratio")
+    built = f", ratio {ratio:g}" if ratio else ""
+    counts = data.counts
+    return (
+        f"{source.get('root', source.name)}{built}: {len(data.classes)} classes, {counts.sum()} training images "
+        f"({counts.max()} to {counts.min()} per class), {len(data.val)} validation images"
+    )
+
+
+def fingerprint(*values: Any) -> str:
+    """Eight hex digits that name what was asked."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    return {name: dump(value) for name, value in vars(plan).items()}
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def begin(run: Path, study: str, data: Data, options: argparse.Namespace, more: Mapping[str, Any]) -> None:
+    """Writes the run.json of a new run.  Raises `Refused` for a storage that cannot be written."""
+    about = {"digest": data.digest, "classes": list(data.classes), "counts": data.counts.tolist()}
+    about["size"] = list(data.size)
+    info = {
+        "study": study,
+        "data": data.manifest | about,
+        "arguments": vars(options),
+        "versions": versions(),
+        "seeds": {"seed": options.seed or 0, "imbalance_seed": options.imbalance_seed or 0},
+        "openings": [],
+        **more,
+    }
+    try:
+        records.write_run(run, info)
+    except OSError as error:
+        raise Refused(f"the storage {run.parent} cannot be written: {error}") from error
+
+
+def length(stage: Stage) -> int:
+    return sum(own.epochs for own in chain(stage))

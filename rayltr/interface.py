@@ -1,0 +1,86 @@
+"""What passes between the loop and a method, and what a training run leaves behind."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a model must know of its data: class names, training counts [C], pixel mean and std (of [0, 1]), size."""
+
+    classes: tuple[str, ...]
+    counts: np.ndarray
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a method is built from.  Factories, because a method may want several backbones or heads.
+
+    `loss(logits [B,C], target [B], counts [C]) -> [B]`; `weight` is [C] or None; `teacher` is frozen, in eval mode.
+    """
+
+    backbone: Callable[[], nn.Module]
+    head: Callable[[int], nn.Module]
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+    weight: Tensor | None
+    counts: Tensor
+    teacher: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch on the model's device.
+
+    views: float images in [0, 1], each [B,3,H,W]; the first is the one that is classified (and mixed).
+    target: int64 [B].  rows: int64 [B], position of each image in the training split.
+    mixed: the other target [B] of a mixed batch, or None; weight: share of `target` in it, float [B], or None.
+    """
+
+    views: list[Tensor]
+    target: Tensor
+    rows: Tensor
+    mixed: Tensor | None = None
+    weight: Tensor | None = None
+
+
+@dataclass
+class State:
+    """A training run at the end of an epoch; enough to go on bit for bit.
+
+    model: the complete state of the method.  kept: the names that later stages and exports may read.
+    optimiser: state tensors by parameter position and name.  epoch: the clock.  history: one dict per
+    epoch and term (stage-relative facts for the records): epoch, metric, value, wall_s.
+    """
+
+    model: dict[str, Tensor]
+    optimiser: dict[str, Tensor]
+    epoch: int
+    kept: tuple[str, ...] = ()
+    history: list[dict] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Where and how fast, never what: nothing here is part of a stage's identity.
+
+    device: "cpu", "cuda" or None for what there is.  threads: CPU threads of this process, None leaves them.
+    snapshot_s: seconds between snapshots (the most that a crash can cost, besides one epoch).
+    """
+
+    device: str | None = None
+    threads: int | None = None
+    snapshot_s: float = 60.0
+
+    def place(self) -> torch.device:
+        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+class Diverged(ValueError):
+    """The loss is no number any more."""

@@ -1,0 +1,65 @@
+"""Supervised training of a backbone and a classifier: the method behind most of the field's tricks."""
+
+from torch import Tensor, nn
+
+from rayltr.interface import Batch, Parts
+from rayltr.parallel import all_sum, world
+
+REDUCTIONS = ("weighted_mean", "mean")
+
+
+class Method(nn.Module):
+    """Cross-entropy-like losses on the first view; the head is `main`.
+
+    reduction: "weighted_mean" divides by the sum of the class weights of the batch (what the `weight=` of torch's
+    cross-entropy does; published CSCE, CB-CE, LDAM-DRW), "mean" by the number of images (published focal losses).
+    frozen: the backbone is not trained (classifier re-training, LWS); its BatchNorm statistics stay too, unless
+    `drift` is True, as in the published code of cRT and LWS.
+    fresh_head: a stage initialised from another starts with a new classifier (cRT).
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        *,
+        reduction: str = "weighted_mean",
+        frozen: bool = False,
+        drift: bool = False,
+        fresh_head: bool = False,
+    ):
+        super().__init__()
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"unknown reduction {reduction!r}: known: {', '.join(REDUCTIONS)}")
+        self.backbone = parts.backbone()
+        self.head = parts.head(self.backbone.dim)  # type: ignore[arg-type]
+        self.backbone.requires_grad_(not frozen)
+        self.fresh = ("head.",) if fresh_head else tuple(f"head.{name}" for name in getattr(self.head, "fresh", ()))
+        self.still = frozen and not drift
+        self.reduction, self.loss = reduction, parts.loss
+        self.register_buffer("counts", parts.counts, persistent=False)
+        self.register_buffer("class_weight", parts.weight, persistent=False)
+
+    def train(self, mode: bool = True) -> "Method":
+        super().train(mode)
+        if self.still:
+            self.backbone.eval()
+        return self
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        logits = self.head(self.backbone(batch.views[0]))
+        if batch.mixed is None:
+            return {"loss": self._mean(logits, batch.target, 1.0)}
+        assert batch.weight is not None
+        own = self._mean(logits, batch.target, batch.weight)
+        return {"loss": own + self._mean(logits, batch.mixed, 1 - batch.weight)}
+
+    def _mean(self, logits: Tensor, target: Tensor, share: Tensor | float) -> Tensor:
+        """The reduced loss over the batches of all workers, so that the gradient is that of one process."""
+        losses = self.loss(logits, target, self.counts)
+        weight = losses.new_ones(len(losses)) if self.class_weight is None else self.class_weight[target]
+        norm = weight.sum() if self.reduction == "weighted_mean" else losses.new_tensor(len(losses))
+        return (share * weight * losses).sum() * world() / all_sum(norm)
+
+    def predict(self, images: Tensor) -> dict[str, Tensor]:
+        """Logits [B,C] by head."""
+        return {"main": self.head(self.backbone(images))}

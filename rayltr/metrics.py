@@ -1,0 +1,234 @@
+"""The arithmetic of long-tailed evaluation, shared by validation and report: class groups, tau, calibration.
+
+Scores are fractions in [0, 1].  Whatever was not measured (a class without images, an empty group, logits that are
+not finite) is nan, never 0.  Two things can be corrected after training, without touching a weight: the temperature T
+and the prior.  The corrected logits are
+
+    z / T - tau * log prior        (tau acts after the temperature)
+
+which is post-hoc logit adjustment (Menon et al. 2021, "Long-tail learning via logit adjustment", eq. 9) of a
+temperature-scaled classifier (Guo et al. 2017).  tau = 0, T = 1 are the classifier's own predictions.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import minimize_scalar
+
+Floats = NDArray[np.float64]
+Indices = NDArray[np.int64]
+
+GROUPS = ("many", "medium", "few")
+TAUS: Floats = np.arange(-5, 26) / 10
+"""The grid on which tau is swept and fitted: -0.5, -0.4, ... 2.5."""
+
+HOTTEST = 100.0
+"""Temperatures are fitted between 1 / HOTTEST (cosine heads give logits within [-1, 1]) and HOTTEST."""
+
+SUMMARY = (
+    *("accuracy", "balanced", *GROUPS, "worst_decile", "nll", "balanced_nll", "ece"),
+    *("tau", "temperature", "fitted_nll", "fitted_accuracy", "fitted_balanced", *(f"fitted_{name}" for name in GROUPS)),
+)
+"""The keys of `summary`."""
+
+
+def groups(counts: ArrayLike, rule: str = "auto") -> tuple[dict[str, Indices], str]:
+    """The classes of each group (ascending indices), and the rule that was used.
+
+    rule "shots": many > 100 training images, 20 <= medium <= 100, few < 20 (Kang et al. 2020; OLTR counts 20 as few
+    and 100 as many).  "quantile": thirds of the classes by frequency; two classes are one many and one few.
+    "auto": shots, unless that leaves a group empty.  Raises ValueError for another rule.
+    """
+    n = np.asarray(counts)
+    if rule not in ("auto", "shots", "quantile"):
+        raise ValueError(f"unknown group rule {rule!r}: known: auto, shots, quantile")
+    member = np.where(n > 100, 0, np.where(n >= 20, 1, 2))
+    if rule == "auto":
+        rule = "shots" if len(np.unique(member)) == len(GROUPS) else "quantile"
+    if rule == "quantile":
+        rank = np.argsort(np.argsort(-n, kind="stable"), kind="stable")
+        member = (3 * (2 * rank + 1)) // (2 * max(len(n), 1))
+    return {name: np.flatnonzero(member == position) for position, name in enumerate(GROUPS)}, rule
+
+
+def class_accuracy(pred: ArrayLike, target: ArrayLike, classes: int) -> Floats:
+    """Share of each class's images that are predicted right, float64 [C]; nan for a class without images."""
+    target = np.asarray(target)
+    images = np.bincount(target, minlength=classes)
+    right = np.bincount(target[np.asarray(pred) == target], minlength=classes)
+    return np.where(images > 0, right / np.maximum(images, 1), np.nan)
+
+
+def group_means(per_class: ArrayLike, groups: Mapping[str, ArrayLike]) -> dict[str, float]:
+    """The mean over the measured classes of each group; nan where none is measured."""
+    values = np.asarray(per_class)
+    return {name: _mean(values[np.asarray(members, np.int64)]) for name, members in groups.items()}
+
+
+def worst_decile(per_class: ArrayLike) -> float:
+    """The mean of the worst tenth of the measured classes (at least one class)."""
+    measured = np.sort(_measured(np.asarray(per_class)))
+    return _mean(measured[: max(1, len(measured) // 10)])
+
+
+def adjust(logits: ArrayLike, counts: ArrayLike, tau: float) -> NDArray[Any]:
+    """`z - tau * log prior` [N, C], where the prior is the share of training images and an empty class counts as 1."""
+    z = _floating(logits)
+    return z - (tau * _log_prior(counts)).astype(z.dtype)
+
+
+def balanced_nll(logits: ArrayLike, target: ArrayLike, classes: int, temperature: float = 1.0) -> float:
+    """Negative log-likelihood in nats at `logits / temperature`: mean per class, then over the measured classes."""
+    return float(_balanced_nll(logits, target, temperature, np.zeros((1, classes)))[0])
+
+
+def fit(logits: ArrayLike, target: ArrayLike, counts: ArrayLike) -> tuple[float, float, float]:
+    """tau (on TAUS), temperature and class-balanced NLL of the best `softmax(z / T - tau * log prior)`.
+
+    The NLL is jointly convex in 1 / T and tau, hence its minimum over T is convex in tau: bisecting the grid finds
+    the best tau, and a bounded one-dimensional search the best T of each.  Where tau does not matter (equal counts)
+    it is 0.  Three times nan if a logit is not finite or there are no images.
+    """
+    z = _centred(logits)
+    if not (z.size and np.isfinite(z).all()):
+        return np.nan, np.nan, np.nan
+    shifts, reach = -TAUS[:, None] * _log_prior(counts), np.log(HOTTEST)
+
+    @cache
+    def best(i: int) -> tuple[float, float]:
+        found = minimize_scalar(
+            lambda log_t: float(_balanced_nll(z, target, np.exp(log_t), shifts[i : i + 1])[0]),
+            bounds=(-reach, reach),
+            method="bounded",
+            options={"xatol": 1e-3},
+        )
+        return float(found.fun), float(np.exp(found.x))
+
+    low, high = 0, len(TAUS) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if best(middle)[0] <= best(middle + 1)[0] else (middle + 1, high)
+    zero = int(np.flatnonzero(TAUS == 0)[0])
+    chosen = zero if best(zero)[0] <= best(low)[0] + 1e-6 else low
+    nll, temperature = best(chosen)
+    return float(TAUS[chosen]), temperature, nll
+
+
+def ece(logits: ArrayLike, target: ArrayLike, bins: int = 15) -> float:
+    """Expected calibration error: mean |confidence - accuracy| over bins of equally many images."""
+    z = _centred(logits)
+    if not z.size:
+        return np.nan
+    confidence = 1 / np.exp(z).sum(1)
+    gap = (z.argmax(1) == np.asarray(target)) - confidence
+    gap = gap[np.argsort(confidence, kind="stable")]
+    return float(sum(abs(part.sum()) for part in np.array_split(gap, bins)) / len(gap))
+
+
+def predicted(logits: ArrayLike, counts: ArrayLike, tau: float = 0.0, temperature: float = 1.0) -> Indices:
+    """The predicted class [N] at `z / T - tau * log prior`."""
+    return adjust(_floating(logits) / temperature, counts, tau).argmax(1)
+
+
+def scores(
+    logits: ArrayLike,
+    target: ArrayLike,
+    counts: ArrayLike,
+    groups: Mapping[str, ArrayLike],
+    tau: float = 0.0,
+    temperature: float = 1.0,
+) -> dict[str, float]:
+    """Accuracy over images, over classes (`balanced`) and over each group at `z / T - tau * log prior`."""
+    z, target = _floating(logits), np.asarray(target)
+    if not np.isfinite(z).all():
+        return dict.fromkeys(("accuracy", "balanced", *groups), np.nan)
+    pred = predicted(z, counts, tau, temperature)
+    per_class = class_accuracy(pred, target, z.shape[1])
+    return {"accuracy": _mean(pred == target), "balanced": _mean(per_class), **group_means(per_class, groups)}
+
+
+def summary(
+    logits: ArrayLike, target: ArrayLike, counts: ArrayLike, groups: Mapping[str, ArrayLike]
+) -> dict[str, float]:
+    """Everything one number says about a classifier, raw and at the fitted tau and temperature: the keys of SUMMARY.
+
+    `fitted_nll` is the class-balanced NLL at the fitted tau and temperature, the search's default objective.
+    """
+    z, target = _floating(logits), np.asarray(target)
+    if not (z.size and np.isfinite(z).all()):
+        return dict.fromkeys(SUMMARY, np.nan)
+    tau, temperature, nll = fit(z, target, counts)
+    fitted = scores(z, target, counts, groups, tau, temperature)
+    return {
+        **scores(z, target, counts, groups),
+        "worst_decile": worst_decile(class_accuracy(z.argmax(1), target, z.shape[1])),
+        "nll": _mean(_nll(z, target, 1.0, np.zeros((1, z.shape[1])))),
+        "balanced_nll": balanced_nll(z, target, z.shape[1]),
+        "ece": ece(z, target),
+        **{"tau": tau, "temperature": temperature, "fitted_nll": nll},
+        **{f"fitted_{name}": value for name, value in fitted.items()},
+    }
+
+
+def sweep(
+    logits: ArrayLike,
+    target: ArrayLike,
+    counts: ArrayLike,
+    groups: Mapping[str, ArrayLike],
+    temperature: float = 1.0,
+    taus: ArrayLike = TAUS,
+) -> dict[str, Floats]:
+    """The scores and the class-balanced NLL (`nll`) at every tau, each an array as long as `taus`."""
+    z, taus = _floating(logits), np.asarray(taus, np.float64)
+    rows = [scores(z, target, counts, groups, tau, temperature) for tau in taus]
+    nll = _balanced_nll(z, target, temperature, -taus[:, None] * _log_prior(counts))
+    names = ("accuracy", "balanced", *groups)
+    return {"tau": taus, **{name: np.array([row[name] for row in rows]) for name in names}, "nll": nll}
+
+
+def _balanced_nll(logits: ArrayLike, target: ArrayLike, temperature: float, shifts: Floats) -> Floats:
+    target = np.asarray(target)
+    images = np.bincount(target, minlength=shifts.shape[1])
+    if not len(target):
+        return np.full(len(shifts), np.nan)
+    weight = 1 / (images[target] * np.count_nonzero(images))
+    return weight @ _nll(logits, target, temperature, shifts)
+
+
+def _nll(logits: ArrayLike, target: ArrayLike, temperature: float, shifts: Floats) -> Floats:
+    """NLL [N, K] of softmax(z / T + shift) for K shifts [K, C]: one exponential of [N, C] serves them all.
+
+    Only z is centred on its maximum.  That is safe because a shift, some tens at most, cannot bring back a class that
+    underflows hundreds below the maximum.
+    """
+    z, target = _centred(logits) / temperature, np.asarray(target)
+    own = z[np.arange(len(z)), target]
+    return np.log(np.exp(z) @ np.exp(shifts).T) - own[:, None] - shifts[:, target].T
+
+
+def _log_prior(counts: ArrayLike) -> Floats:
+    n = np.maximum(np.asarray(counts, np.float64), 1)
+    return np.log(n / n.sum())
+
+
+def _floating(logits: ArrayLike) -> NDArray[Any]:
+    z = np.asarray(logits)
+    return z.astype(np.result_type(z, np.float32), copy=False)
+
+
+def _centred(logits: ArrayLike) -> Floats:
+    z = np.asarray(logits, np.float64)
+    with np.errstate(invalid="ignore"):
+        return z - z.max(1, keepdims=True)
+
+
+def _measured(values: NDArray[Any]) -> NDArray[Any]:
+    return values[~np.isnan(values)]
+
+
+def _mean(values: ArrayLike) -> float:
+    measured = _measured(np.asarray(values, np.float64))
+    return float(measured.mean()) if measured.size else np.nan

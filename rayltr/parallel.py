@@ -1,0 +1,128 @@
+"""Numbers and tensors shared by the workers of one training run; with one worker everything is the identity.
+
+The gradients are those of the sum of all workers' losses, which is what DistributedDataParallel's average expects
+of a loss that is a mean over the local batch.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+
+def rank() -> int:
+    """This worker's number, 0 without torch.distributed."""
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
+def world() -> int:
+    """The number of workers, 1 without torch.distributed."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+class _AllSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _AllSum.apply(gradient)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.length = len(x)
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world())]
+        distributed.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _AllSum.apply(gradient).narrow(0, rank() * ctx.length, ctx.length)
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """The sum of `x` over the workers, with gradient; the same shape everywhere."""
+    return _AllSum.apply(x) if world() > 1 else x
+
+
+def gather(x: Tensor) -> Tensor:
+    """`x` [n, ...] of all workers one below the other, [W n, ...], with gradient; the same shape on every worker."""
+    return _Gather.apply(x) if world() > 1 else x
+
+
+class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation over the images of all workers, however many each of them has; on any device.
+
+    Values, gradients and running statistics are those of one process with the whole batch.  A `drop` and an `act`
+    that the module has (timm's BatchNormAct2d) follow.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any number of places is fine."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._normalised(x) if self.training else super().forward(x)
+        for after in ("drop", "act"):
+            y = getattr(self, after)(y) if hasattr(self, after) else y
+        return y
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        places = [0, *range(2, x.dim())]
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(wide, places, correction=0)
+        size = mean.new_full((1,), x.numel() // x.shape[1])
+        # one exchange: each worker's size, means and variances as a row
+        rows = gather(torch.cat([size, mean, variance])[None])
+        total = rows[:, 0].sum()
+        share = rows[:, :1] / total
+        means, variances = rows[:, 1:].chunk(2, 1)
+        mean = (share * means).sum(0)
+        variance = (share * (variances + (means - mean) ** 2)).sum(0)
+        self._track(mean, variance * total / (total - 1))
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        y = (wide - mean.view(shape)) * torch.rsqrt(variance + self.eps).view(shape)
+        if self.affine:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        return y.to(x.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean), momentum)
+        self.running_var.lerp_(variance.to(self.running_var), momentum)
+
+
+def synchronised(module: nn.Module) -> nn.Module:
+    """Makes every BatchNorm1d and BatchNorm2d inside normalise over all workers; the names of the state stay.
+
+    The module is changed in place and returned; with one worker nothing changes.
+    """
+    if world() > 1:
+        for part in module.modules():
+            if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                # another class for the same object: its parameters, buffers and hooks stay who they are
+                part.__class__ = SynchronisedBatchNorm  # type: ignore[assignment]
+    return module
+
+
+def agreed(value: Any) -> Any:
+    """The first worker's value, on every worker."""
+    if world() == 1:
+        return value
+    box = [value]
+    distributed.broadcast_object_list(box)
+    return box[0]
+
+
+def barrier() -> None:
+    """Waits until every worker is here."""
+    if world() > 1:
+        distributed.barrier()

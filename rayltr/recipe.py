@@ -1,0 +1,167 @@
+"""`python -m rayltr.train STUDY|CONFIG.json|RUN`: one recipe, no search, no Ray.
+
+The run folder it leaves is that of a search with one trial: reports, exports and predictions work on it alike.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from rayltr import command, records, studies
+from rayltr.catalogue import nearest
+from rayltr.command import Refused
+from rayltr.progress import outcome, stood
+from rayltr.spec import FixedTrial, Stage, chain, digest, dump, parse
+from rayltr.studies import STUDY, Study
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="rayltr train", description="Train one recipe: no search, no Ray.")
+    made.add_argument("recipe", nargs="?", help=f"a study ({', '.join(studies.names())}, or a .py file), a config.json "
+                      "as exports hold it, or the folder of a run (with --trial)")  # fmt: skip
+    made.add_argument("--preset", default="paper", metavar="NAME", help="a named point of the study (see --list)")
+    made.add_argument("--trial", metavar="ID", help="the trial of a run to train again")
+    made.add_argument("--list", action="store_true", help="list studies and presets with their published errors")
+    command.data_options(made)
+    group = made.add_argument_group("where it runs")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as torch chooses)")
+    group.add_argument("--storage", default="runs", metavar="PATH", help="folder of the runs (default ./runs)")
+    group.add_argument("--name", metavar="RUN", help="name of the run (default: from recipe and address)")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    if options.list:
+        print(listing())
+        return 0
+    if options.recipe is None:
+        raise ValueError(f"which recipe? a study ({', '.join(studies.names())}), a config.json or a run with --trial")
+    name, stage, params = asked(options)
+    data = command.opened(stage.source)
+    run = Path(options.storage).absolute() / (options.name or f"{name}-{digest(stage)[:8]}")
+    words = sys.argv[1:] if arguments is None else arguments
+    if not (run / "run.json").exists():
+        more = {"command": f"python -m rayltr.train {' '.join(words)}", "settled": {"recipe": dump(stage)}}
+        command.begin(run, name, data, options, more)
+    elif records.read_run(run)["settled"] != json.loads(json.dumps({"recipe": dump(stage)})):
+        raise Refused(f"{run} is a run of another recipe; choose another --name")
+    print(command.described(stage.source, data))
+    print(f"{len(chain(stage))} stage(s), {command.length(stage)} epochs; everything goes to {run}", flush=True)
+    return trained(run, name, stage, params, options)
+
+
+def asked(options: argparse.Namespace) -> tuple[str, Stage, dict[str, Any]]:
+    """(name, completed chain, parameters of the study) that the command line asks for."""
+    path = Path(options.recipe)
+    if path.suffix == ".json":
+        stage = recipe_in(path)
+        return path.stem, command.plan_of(options, "", stage).changed(stage), {}
+    if (path / "run.json").exists():
+        row = recorded(path, options.trial)
+        if (path / "study.py").exists():
+            studies.find(str(path / "study.py"))  # its own functions may be part of the recipe
+        stage = parse(json.loads(row["recipe"]))
+        params = {key[2:]: value for key, value in row.items() if key.startswith("p.") and value is not None}
+        return f"{path.name}-{row['trial']}", command.plan_of(options, "", stage).changed(stage), params
+    place = str(path.absolute()) if path.suffix == ".py" else options.recipe
+    study = studies.find(place)
+    params = {"arm": STUDY, **preset(study, options.preset)}
+    plan = command.plan_of(options, place, study(FixedTrial(params)))
+    return f"{study.name}-{options.preset}", plan.stage(study, params), params
+
+
+def recipe_in(path: Path) -> Stage:
+    """The chain in a config.json.  Raises ValueError for a file that holds none."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the recipe {path}: {error}") from error
+    return parse(content.get("recipe", content))
+
+
+def recorded(run: Path, trial: str | None) -> Mapping[str, Any]:
+    """The row of a trial in a run's records.  Raises ValueError listing the trials there are."""
+    rows = {row["trial"]: row for row in records.read_trials(run).to_pylist()}
+    if trial is None or trial not in rows:
+        raise ValueError(f"which --trial? {run} has {', '.join(rows) or 'no trials'}")
+    return rows[trial]
+
+
+def preset(study: Study, name: str) -> Mapping[str, Any]:
+    if name not in study.presets:
+        raise ValueError(f"the study {study.name} has no preset {name!r}: {nearest(name, study.presets)}")
+    return study.presets[name]
+
+
+def trained(run: Path, name: str, stage: Stage, params: dict[str, Any], options: argparse.Namespace) -> int:
+    """Trains the chain, opens the test split once, and leaves records and report."""
+    trial = import_module("rayltr.trial")  # torch, only now that everything is known to be possible
+    began = datetime.now(UTC)
+    resources = trial.Resources(device=options.device, threads=options.threads)
+    work = trial.Trial(stage, trial.Store(run / "store"), resources=resources, report=Lines())
+    found = work.run()
+    path, scores = work.test()
+    row = {
+        "study": name,
+        "trial": "0000",
+        "number": 0,
+        "state": "complete",
+        "address": found.address,
+        "seed": stage.seed,
+        "epochs_asked": found.asked,
+        "epochs_trained": found.trained,
+        "wall_s": found.wall_s,
+        "objective": found.metrics["fitted_nll"],
+        "predictions_val": trial.inside(found.predictions),
+        "predictions_test": trial.inside(path),
+        "recipe": json.dumps(dump(stage)),
+        "started": began,
+        "ended": datetime.now(UTC),
+        **{f"p.{key}": value for key, value in params.items()},
+        **{f"m.val.{key}": value for key, value in found.metrics.items()},
+        **{f"m.test.{key}": value for key, value in scores.items()},
+    }
+    opened = not records.read_trials(run).num_rows
+    if opened:
+        records.append_epochs(run, [{"trial": "0000", **epoch} for epoch in found.epochs])
+        info = records.read_run(run)
+        opening = {"when": row["ended"].isoformat(timespec="seconds"), "trials": ["0000"]}
+        records.write_run(run, {**info, "openings": [*info["openings"], opening]})
+    records.append_trial(run, row)
+    print(f"validation: {outcome(row)}")
+    print("test, raw: " + ", ".join(f"{key} {100 * scores[key]:.1f}" for key in ("balanced", "many", "medium", "few")))
+    try:
+        print(f"report: {import_module('analysis.report').write(run)}")
+    except ModuleNotFoundError as missing:
+        print(f"no report: {missing.name} is not installed")
+    return 0
+
+
+class Lines:
+    """Prints a line per epoch, at most twice a second."""
+
+    def __init__(self) -> None:
+        self.said = 0.0
+
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        if time.monotonic() - self.said < 0.5 and record["epoch"] < record["of_epochs"]:
+            return
+        self.said = time.monotonic()
+        print(f"  {stood(record)}", flush=True)
+
+
+def listing() -> str:
+    """Every study with its presets and the errors that the literature reports for them."""
+    lines = []
+    for name in studies.names():
+        study = studies.find(name)
+        lines += [name, *(f"  --preset {preset:18} {study.published.get(preset, '')}" for preset in study.presets)]
+    return "\n".join(lines)

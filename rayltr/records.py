@@ -1,0 +1,267 @@
+"""What a run leaves on disk, besides weights: `run.json`, two Parquet tables and the stored predictions.
+
+    run.json                     what was asked, of what data, by which versions
+    records/trials.parquet       a row per trial; `p.<name>` its parameters (null: not active), `m.<name>` its metrics
+    records/epochs.parquet       a row per trial, stage, epoch, split and metric
+    store/**/*.predictions       logits of one split, one column per head
+
+Every file appears whole: it is written beside its place and renamed.  There is one writer, the driver.  A folder may
+be a local path or a URI that `pyarrow.fs` knows (`s3://...`).  Parquet keeps the tables open to DuckDB, Polars, pandas.
+"""
+
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import ArrayLike, NDArray
+from pyarrow import fs
+
+SCHEMA = 1
+"""Version of the layout of a run folder."""
+
+STATES = ("complete", "pruned", "failed", "interrupted")
+PARAMETER, METRIC = "p.", "m."
+
+TRIALS = pa.schema(
+    {
+        "study": pa.string(),
+        "trial": pa.string(),
+        "number": pa.int32(),
+        "state": pa.string(),
+        "address": pa.string(),
+        "seed": pa.int64(),
+        "classes": pa.int32(),
+        "epochs_asked": pa.int32(),
+        "epochs_trained": pa.int32(),
+        "wall_s": pa.float64(),
+        "objective": pa.float64(),
+        "predictions_val": pa.string(),
+        "predictions_test": pa.string(),
+        "error": pa.string(),
+        "recipe": pa.string(),
+        "started": pa.timestamp("ms", "UTC"),
+        "ended": pa.timestamp("ms", "UTC"),
+    }
+)
+"""The fixed columns of trials.parquet.  Paths are relative to the run folder; `recipe` is the stage as JSON."""
+
+EPOCHS = pa.schema(
+    {
+        "trial": pa.string(),
+        "stage": pa.int16(),
+        "epoch": pa.int32(),
+        "split": pa.string(),
+        "metric": pa.string(),
+        "value": pa.float64(),
+        "wall_s": pa.float64(),
+    }
+)
+"""The columns of epochs.parquet; `stage` is the position in the chain."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Stored predictions of one split: row and target int32 [N], pred int32 [N] and logits float32 [N, C] by head.
+
+    counts are the training counts int64 [C]; logits are shifted so that the largest of a row is 0.
+    """
+
+    row: NDArray[np.int32]
+    target: NDArray[np.int32]
+    pred: dict[str, NDArray[np.int32]]
+    logits: dict[str, NDArray[np.float32]]
+    counts: NDArray[np.int64]
+    classes: list[str]
+    split: str
+    digest: str
+
+
+def filesystem(path: str | os.PathLike) -> tuple[fs.FileSystem, str]:
+    """The file system of a plain path or a URI, and the (absolute) path in it."""
+    text = os.fspath(path)
+    if "://" in text:
+        return fs.FileSystem.from_uri(text)
+    return fs.LocalFileSystem(), str(Path(text).expanduser().absolute())
+
+
+def within(folder: str | os.PathLike, name: str) -> str:
+    """The path or URI of something in a run folder."""
+    return f"{os.fspath(folder).rstrip('/')}/{name}"
+
+
+def save(path: str | os.PathLike, content: bytes) -> None:
+    """Write a whole file or nothing: beside its place, then renamed.  Missing folders are made."""
+    system, place = filesystem(path)
+    beside = f"{place}.{uuid4().hex}.part"
+    system.create_dir(os.path.dirname(place), recursive=True)
+    try:
+        with system.open_output_stream(beside) as stream:
+            stream.write(content)
+        system.move(beside, place)
+    except BaseException:
+        if system.get_file_info(beside).type == fs.FileType.File:
+            system.delete_file(beside)
+        raise
+
+
+def write_run(folder: str | os.PathLike, run: Mapping[str, Any]) -> None:
+    """Write run.json."""
+    save(within(folder, "run.json"), json.dumps({**run, "schema": SCHEMA}, indent=1).encode())
+
+
+def read_run(folder: str | os.PathLike) -> dict[str, Any]:
+    """The content of run.json.  Raises ValueError if there is none, or one of another version of rayltr."""
+    system, place = filesystem(within(folder, "run.json"))
+    try:
+        with system.open_input_stream(place) as stream:
+            run = json.loads(stream.read())
+    except FileNotFoundError:
+        raise ValueError(f"{os.fspath(folder)} is not a run folder: it has no run.json") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {place}: {_line(error)}") from None
+    if run.get("schema") != SCHEMA:
+        theirs = f"schema {run.get('schema')}, this rayltr reads {SCHEMA}"
+        raise ValueError(f"{os.fspath(folder)} was made by an incompatible version ({theirs})")
+    return run
+
+
+def read_trials(folder: str | os.PathLike) -> pa.Table:
+    """The table of trials; without rows where none was written yet.  Raises ValueError if the file is damaged."""
+    return _read_table(within(folder, "records/trials.parquet"), TRIALS)
+
+
+def write_trials(folder: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the table of trials.  Keys that are absent are null; ValueError for an unknown key or state."""
+    _write_table(within(folder, "records/trials.parquet"), trials_table(rows))
+
+
+def append_trial(folder: str | os.PathLike, row: Mapping[str, Any]) -> None:
+    """Add a trial, or replace the one of the same id in its place."""
+    rows = {old["trial"]: old for old in read_trials(folder).to_pylist()}
+    write_trials(folder, list({**rows, row["trial"]: row}.values()))
+
+
+def read_epochs(folder: str | os.PathLike) -> pa.Table:
+    """The table of epochs; without rows where none was written yet.  Raises ValueError if the file is damaged."""
+    return _read_table(within(folder, "records/epochs.parquet"), EPOCHS)
+
+
+def append_epochs(folder: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add rows to the table of epochs."""
+    table = pa.Table.from_pylist(list(rows), schema=EPOCHS)
+    _write_table(within(folder, "records/epochs.parquet"), pa.concat_tables([read_epochs(folder), table]))
+
+
+def trials_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Rows as a table: the fixed columns, then parameters and metrics in the order of their first appearance."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    free = [name for name in names if name not in TRIALS.names]
+    if strange := [name for name in free if not name.startswith((PARAMETER, METRIC))]:
+        raise ValueError(f"no column {strange[0]!r}: {', '.join(TRIALS.names)}, or names with {PARAMETER} or {METRIC}")
+    if wrong := {row.get("state") for row in rows} - set(STATES):
+        raise ValueError(f"unknown state of a trial: {wrong.pop()!r} (one of {', '.join(STATES)})")
+    columns = {field.name: pa.array([row.get(field.name) for row in rows], field.type) for field in TRIALS}
+    for name in sorted(free, key=lambda name: name.startswith(METRIC)):
+        values = [row.get(name) for row in rows]
+        columns[name] = pa.array(values, pa.float64()) if name.startswith(METRIC) else _parameter(values)
+    return pa.table(columns)
+
+
+def _parameter(values: list[Any]) -> pa.Array:
+    """Values of one parameter in the narrowest type that holds them all: bool, int64, float64 or else string."""
+    values = [value.item() if isinstance(value, np.generic) else value for value in values]
+    kinds = {type(value) for value in values if value is not None}
+    for allowed, kind in (({bool}, pa.bool_()), ({int}, pa.int64()), ({int, float}, pa.float64())):
+        if kinds and kinds <= allowed:
+            return pa.array([None if v is None else float(v) if kind == pa.float64() else v for v in values], kind)
+    return pa.array([None if value is None else str(value) for value in values], pa.string())
+
+
+def write_predictions(
+    path: str | os.PathLike,
+    *,
+    row: ArrayLike,
+    target: ArrayLike,
+    logits: Mapping[str, ArrayLike],
+    counts: ArrayLike,
+    classes: Sequence[str],
+    split: str,
+    digest: str,
+) -> None:
+    """Store the logits [N, C] of every head for one split, as half floats below the largest of their row.
+
+    Halves keep the swept predictions equal to those of float32 (largest error 0.008 at logits of about 10) once the
+    row's maximum is subtracted; a constant per row changes no softmax.  `pred.<head>` is taken before rounding.
+    """
+    columns = {"row": pa.array(np.asarray(row, np.int32)), "target": pa.array(np.asarray(target, np.int32))}
+    for head, values in logits.items():
+        z = np.asarray(values, np.float32)
+        columns[f"pred.{head}"] = pa.array(z.argmax(1).astype(np.int32))
+        columns[f"logits.{head}"] = pa.FixedSizeListArray.from_arrays(pa.array(_half(z).ravel()), z.shape[1])
+    about = {
+        "counts": np.asarray(counts).tolist(),
+        "classes": list(classes),
+        "split": split,
+        "digest": digest,
+        "heads": list(logits),
+        "shift": "row-max",
+    }
+    table = pa.table(columns).replace_schema_metadata({"rayltr": json.dumps(about)})
+    packed: Any = {f"logits.{head}.list.element": "BYTE_STREAM_SPLIT" for head in logits}
+    _write_table(path, table, use_dictionary=False, column_encoding=packed)
+
+
+def read_predictions(path: str | os.PathLike) -> Predictions:
+    """Predictions that `write_predictions` stored.  Raises ValueError naming a file that is missing or damaged."""
+    table = _read_table(path)
+    try:
+        about = json.loads((table.schema.metadata or {})[b"rayltr"])
+        heads = about["heads"]
+        flat = {head: table[f"logits.{head}"].combine_chunks().flatten().to_numpy() for head in heads}
+        return Predictions(
+            row=table["row"].to_numpy(),
+            target=table["target"].to_numpy(),
+            pred={head: table[f"pred.{head}"].to_numpy() for head in heads},
+            logits={head: flat[head].reshape(len(table), len(about["counts"])).astype(np.float32) for head in heads},
+            counts=np.asarray(about["counts"], np.int64),
+            classes=about["classes"],
+            split=about["split"],
+            digest=about["digest"],
+        )
+    except (KeyError, ValueError):
+        raise ValueError(f"{os.fspath(path)} holds no predictions of rayltr") from None
+
+
+def _half(z: NDArray[np.float32]) -> NDArray[np.float16]:
+    with np.errstate(invalid="ignore"):
+        return np.maximum(z - z.max(1, keepdims=True), np.finfo(np.float16).min).astype(np.float16)
+
+
+def _write_table(path: str | os.PathLike, table: pa.Table, **options: Any) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True, **options)
+    save(path, buffer.getvalue())
+
+
+def _read_table(path: str | os.PathLike, absent: pa.Schema | None = None) -> pa.Table:
+    """The table in a Parquet file, checksums verified; one without rows if there is no file and `absent` is given."""
+    system, place = filesystem(path)
+    if absent is not None and system.get_file_info(place).type == fs.FileType.NotFound:
+        return absent.empty_table()
+    try:
+        with system.open_input_file(place) as file:
+            return pq.read_table(file, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"cannot read {os.fspath(path)}: {_line(error)}") from None
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,206 @@
+"""`python -m rayltr.search STUDY`: find out which recipes suit a long-tailed data set.
+
+This file parses, checks and prints; nothing heavy is imported before everything asked for is known to be possible.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from rayltr import command, objectives, records, studies
+from rayltr.catalogue import names
+from rayltr.choice import best, score
+from rayltr.command import FAILED, INTERRUPTED, Refused
+from rayltr.progress import Progress, described
+from rayltr.spec import RandomTrial
+from rayltr.studies import Plan, Study
+
+EPOCHS = 20
+"""Length of a chain unless --epochs says otherwise: a look at the data, not the paper's 200 to 400."""
+CHECKED = 24
+"""Random points of a space that are completed before a search starts: a misspelt name is found here, not after hours."""
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="rayltr search",
+        description="Search the recipes of a study on your data; the best are exported with `rayltr export`.",
+        epilog=f"exit codes: 0 done, 2 bad arguments, 3 refused before anything started, {FAILED} some trials failed, "
+        f"{INTERRUPTED} interrupted (go on with --resume)",
+    )
+    made.add_argument("study", nargs="?", help=f"{', '.join(studies.names())}, or the path of your own .py file")
+    made.add_argument("--list", action="store_true", help="list studies, presets and every name a study may use")
+    command.data_options(made)
+    group = made.add_argument_group("search")
+    group.add_argument("--trials", type=int, default=12, metavar="N", help="trials in all (default 12)")
+    group.add_argument("--objective", "--objectives", default="balanced_nll", metavar="NAME[,NAME]",
+                       help=f"one or more of {', '.join(objectives.OBJECTIVES)} (default balanced_nll)")  # fmt: skip
+    group.add_argument("--sampler", choices=("tpe", "nsga2", "random", "gp"), default="tpe")
+    group = made.add_argument_group("where it runs")
+    group.add_argument("--storage", default="runs", metavar="PATH", help="folder of the runs (default ./runs)")
+    group.add_argument("--name", metavar="RUN", help="name of the run (default: from the study, data and arguments)")
+    group.add_argument("--resume", action="store_true", help="go on with a run that was interrupted, or add trials")
+    group.add_argument("--concurrent", type=int, default=0, metavar="N", help="trials at once (default: what fits)")
+    group.add_argument("--cpus-per-trial", type=int, default=1, metavar="N", help="and as many threads (default 1)")
+    group.add_argument("--gpus-per-trial", type=float, default=-1.0, metavar="G",
+                       help="may be a fraction (default 1 where there are GPUs)")  # fmt: skip
+    group.add_argument("--workers", type=int, default=1, metavar="W", help="processes per trial, by Ray Train")
+    group.add_argument("--address", metavar="auto|HOST:PORT", help="an existing Ray cluster (default: this machine)")
+    group.add_argument("--no-dashboard", action="store_true", help="start without Ray's dashboard")
+    group.add_argument("--snapshot-seconds", type=float, default=10.0, metavar="S", help="what a crash may cost")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    if options.list:
+        print(catalogue_text())
+        return 0
+    if options.study is None:
+        raise ValueError(f"which study? {', '.join(studies.names())}, or the path of your own .py file")
+    asked = objectives.parse(options.objective)
+    for name in ("trials", "epochs", "batch", "workers", "cpus_per_trial"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    place = str(Path(options.study).absolute()) if options.study.endswith(".py") else options.study
+    study = studies.find(place)
+    plan = command.plan_of(options, place, study.control(RandomTrial(0)))
+    precision = plan.precision or command.native_precision()
+    plan = replace(plan, precision=precision, epochs=plan.epochs or EPOCHS, seed=plan.seed or 0)
+    checked(study, plan)
+    room(options)
+    data = command.opened(plan.source)  # type: ignore[arg-type]
+    if plan.batch is None and len(data.train) < 2560:
+        plan = replace(plan, batch=command.fitting_batch(len(data.train)))
+    settled = {"plan": command.plan_json(plan), "objectives": asked, "sampler": options.sampler, "data": data.digest}
+    run = folder(options, study, plan, command.fingerprint(settled, study.file.read_text()))
+    begin(run, options, study, settled, data, arguments)
+    progress = Progress()
+    progress.say(command.described(plan.source, data))  # type: ignore[arg-type]
+    for warning in data.manifest["warnings"]:
+        progress.say(f"note: {warning}")
+    tuning = import_module("rayltr.tuning")  # Ray and Optuna, only now that everything is known to be possible
+    settings = tuning.Settings(
+        run=str(run), plan=plan, trials=options.trials, objectives=asked, sampler=options.sampler,
+        workers=options.workers, cpus=options.cpus_per_trial, gpus=options.gpus_per_trial,
+        concurrent=options.concurrent, address=options.address, dashboard=not options.no_dashboard,
+        snapshot_s=options.snapshot_seconds,
+    )  # fmt: skip
+    before = len(tuning.ended(settings.run))
+    try:
+        done = tuning.search(settings, progress)
+    except tuning.Shortage as shortage:
+        raise Refused(str(shortage)) from shortage
+    if not done:
+        progress.say(f"interrupted; every finished epoch is kept. Go on with:\n  {again(options, run)}")
+        return INTERRUPTED
+    return finished(run, progress, before)
+
+
+def checked(study: Study, plan: Plan) -> None:
+    """Completes random points of both arms and every preset.  Raises ValueError for the first that cannot be."""
+    for seed in range(CHECKED):
+        plan.changed(study.space(RandomTrial(seed)))
+    plan.changed(study.control(RandomTrial(0)))
+    for params in study.presets.values():
+        plan.stage(study, {"arm": studies.STUDY, **params})
+
+
+def room(options: argparse.Namespace) -> None:
+    """Raises `Refused` when this machine cannot hold one trial (a cluster is asked once it is joined)."""
+    have, need = len(os.sched_getaffinity(0)), options.cpus_per_trial * options.workers
+    if options.address is None and need > have:
+        raise Refused(
+            f"a trial needs {need} CPUs ({options.workers} workers x {options.cpus_per_trial}), this machine has {have}"
+        )
+
+
+def folder(options: argparse.Namespace, study: Study, plan: Plan, asked: str) -> Path:
+    """The run's folder.  Its default name says what was asked, so that the same command finds the same run."""
+    assert plan.source is not None
+    data = Path(str(plan.source.get("root", plan.source.name))).name
+    return Path(options.storage).absolute() / (options.name or f"{study.name}-{data}-{asked}")
+
+
+def begin(run: Path, options: Any, study: Study, settled: Mapping, data: Any, arguments: Sequence[str] | None) -> None:
+    """Makes the run's folder, or checks that an existing one is the same search.  Raises `Refused`."""
+    settled = json.loads(json.dumps(settled))
+    if (run / "run.json").exists():
+        info = records.read_run(run)
+        if info["settled"] != settled or (run / "study.py").read_text() != study.file.read_text():
+            raise Refused(f"{run} is a run with other arguments, data or study; choose another --name")
+        ended = records.read_trials(run).num_rows
+        if ended < options.trials and not options.resume:
+            raise Refused(f"{run} has {ended} of {options.trials} trials; go on with --resume, or choose another --name")
+        return
+    if options.resume:
+        raise Refused(f"there is no run {run} to resume")
+    words = sys.argv[1:] if arguments is None else arguments
+    more = {"settled": settled, "command": f"python -m rayltr.search {' '.join(words)}"}
+    command.begin(run, study.name, data, options, more)
+    records.save(run / "study.py", study.file.read_bytes())
+
+
+def again(options: argparse.Namespace, run: Path) -> str:
+    words = [word for word in sys.argv[1:] if word != "--resume"]
+    name = [] if options.name else ["--name", run.name]
+    return " ".join(["python -m rayltr.search", *words, *name, "--resume"])
+
+
+def finished(run: Path, progress: Progress, before: int) -> int:
+    """Prints and writes what was found; the exit code says whether every trial completed."""
+    rows = records.read_trials(run).to_pylist()
+    chosen = best(rows)
+    fields = ("trial", "address", "objective", "recipe")
+    records.save(run / "best.json", json.dumps({
+        name: {**{key: row[key] for key in fields},
+               **{key: value for key, value in row.items() if key[:2] in ("p.", "m.") and value is not None}}
+        for name, row in chosen.items()
+    }, indent=1).encode())  # fmt: skip
+    asked, trained = (sum(row[f"epochs_{kind}"] for row in rows[before:]) for kind in ("asked", "trained"))
+    if before == len(rows):
+        progress.say(f"nothing to train: all {len(rows)} trials of this search are stored in {run}")
+    else:
+        progress.say(f"{asked} epochs asked, {trained} trained, {asked - trained} saved: shared or resumed stages")
+    progress.say(shown(chosen))
+    failed = [row for row in rows if row["state"] == "failed"]
+    if chosen:
+        report = import_module("analysis.report").write(run)  # plotly, only when there is something to draw
+        progress.say(f"report: {report}\nnext:   python -m rayltr.export {run} --best balanced --out model")
+    if failed:
+        progress.say(f"{len(failed)} of {len(rows)} trials failed; the report lists them with their errors")
+    return FAILED if failed else 0
+
+
+def shown(chosen: Mapping[str, Mapping[str, Any]]) -> str:
+    """The best configurations as a table; accuracies in percent at fitted tau, validation and (test)."""
+    heads = ("balanced", "many", "medium", "few")
+    lines = [f"{'best by':10}{'trial':>6}" + "".join(f"{head:>15}" for head in heads) + "   validation % (test %)"]
+    for name, row in chosen.items():
+        both = [(score(row, f"fitted_{head}"), row.get(f"m.test.fitted_{head}")) for head in heads]
+        cells = [f"{100 * v:6.1f} ({'-' if t is None else format(100 * t, '.1f')})" for v, t in both]
+        lines.append(f"{name:10}{row['trial']:>6}" + "".join(f"{cell:>15}" for cell in cells) + f"   {described(row)}")
+    return "\n".join(lines) if chosen else "no trial completed"
+
+
+def catalogue_text() -> str:
+    """All that exists: studies with their presets, and every name on every axis."""
+    lines = ["studies"]
+    for name in studies.names():
+        study = studies.find(name)
+        lines += [f"  {name}", *(f"    --preset {p:18} {study.published.get(p, '')}" for p in study.presets)]
+    for axis in ("source", "method", "backbone", "head", "loss", "weight", "sampler", "views", "mixing", "optimiser",
+                 "schedule"):  # fmt: skip
+        lines.append(axis)
+        lines += [f"  {name}({', '.join(signature.keywords)})" for name, signature in sorted(names(axis).items())]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main))

@@ -1,0 +1,206 @@
+"""Trained stages by address: whole or absent, claimed while being made, checked on every use.
+
+`<root>/<line>/000120.safetensors` holds the tensors of a stage at epoch 120 and `000120.json`, written last, makes
+them count: it carries the stage, a checksum and the history.  `000037.snapshot.json` marks a stop on the way, which
+the next one replaces.  `000120.val.parquet` holds predictions.  Nothing is ever unpickled.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+
+from pyarrow import fs as arrow
+from safetensors.torch import load as tensors_of
+from safetensors.torch import save as bytes_of
+
+from rayltr.interface import State
+from rayltr.records import filesystem
+from rayltr.spec import Stage, dump, end, line, start
+
+log = logging.getLogger(__name__)
+BEAT_S = 5.0
+EXPIRY_S = 60.0
+"""A claim that was not renewed for this long belongs to nobody."""
+
+
+class Store:
+    """Artifacts under a folder, local or any URI that `pyarrow.fs` knows.  Raises ValueError if it cannot be written."""
+
+    def __init__(self, root: str | os.PathLike):
+        self.files, self.root = filesystem(root)
+        try:
+            self.files.create_dir(self.root, recursive=True)
+            probe = f"{self.root}/.probe-{uuid.uuid4().hex}"
+            self._write(probe, b"")
+            self.files.delete_file(probe)
+        except OSError as error:
+            raise ValueError(f"the storage {root} cannot be written: {error}") from error
+
+    def path(self, stage: Stage, suffix: str) -> str:
+        """The path of a file that belongs to a stage at its end, below the store's root."""
+        return f"{line(stage)}/{end(stage):06d}.{suffix}"
+
+    def predictions(self, stage: Stage, split: str) -> str:
+        return f"{self.root}/{self.path(stage, f'{split}.parquet')}"
+
+    def exists(self, path: str) -> bool:
+        return self.files.get_file_info(path).type == arrow.FileType.File
+
+    def epochs(self, stage: Stage) -> list[tuple[int, bool]]:
+        """(epoch, is a snapshot) of what is stored on the stage's line, up to its end, longest first."""
+        folder = arrow.FileSelector(f"{self.root}/{line(stage)}", allow_not_found=True)
+        names = [info.base_name for info in self.files.get_file_info(folder) if info.base_name.endswith(".json")]
+        found = [(int(name[:6]), ".snapshot." in name) for name in names if name[:6].isdigit()]
+        return sorted(((e, s) for e, s in found if start(stage) <= e <= end(stage)), key=lambda f: (-f[0], f[1]))
+
+    def longest(self, stage: Stage) -> State | None:
+        """The longest stored prefix of a stage, or None.  What is damaged is reported, removed and passed over."""
+        for epoch, partial in self.epochs(stage):
+            try:
+                return self._read(stage, epoch, partial)
+            except (ValueError, KeyError, OSError) as error:
+                log.warning("damaged artifact %s at epoch %d is made again: %s", line(stage)[:12], epoch, error)
+                self._remove(stage, epoch, partial)
+        return None
+
+    def history(self, stage: Stage) -> list[dict]:
+        """The epoch records of the longest stored prefix of a stage, without its weights."""
+        found = self.epochs(stage)
+        return json.loads(self._bytes(f"{self._base(stage, *found[0])}.json"))["history"] if found else []
+
+    def put(self, stage: Stage, state: State, *, partial: bool = False) -> None:
+        """Stores a state of the stage, at its end or on the way (`partial`); earlier snapshots of the line go."""
+        body = bytes_of(
+            {f"model.{name}": value for name, value in state.model.items()}
+            | {f"optimiser.{name}": value for name, value in state.optimiser.items()}
+        )
+        note = {
+            "stage": dump(stage),
+            "line": line(stage),
+            "epoch": state.epoch,
+            "kept": list(state.kept),
+            "history": state.history,
+            "checksum": hashlib.blake2b(body, digest_size=20).hexdigest(),
+        }
+        base = self._base(stage, state.epoch, partial)
+        self.files.create_dir(f"{self.root}/{line(stage)}", recursive=True)
+        self._write(f"{base}.safetensors", body)
+        self._write(f"{base}.json", json.dumps(note, indent=1).encode())
+        for epoch, old in self.epochs(stage):
+            if old and (epoch, old) != (state.epoch, partial):
+                self._remove(stage, epoch, old)
+
+    def _base(self, stage: Stage, epoch: int, partial: bool) -> str:
+        return f"{self.root}/{line(stage)}/{epoch:06d}{'.snapshot' if partial else ''}"
+
+    def _read(self, stage: Stage, epoch: int, partial: bool) -> State:
+        base = self._base(stage, epoch, partial)
+        note, body = json.loads(self._bytes(f"{base}.json")), self._bytes(f"{base}.safetensors")
+        if note["checksum"] != hashlib.blake2b(body, digest_size=20).hexdigest():
+            raise ValueError("its checksum is wrong")
+        wanted = {**dump(stage), "epochs": note["stage"]["epochs"]}
+        if json.loads(json.dumps(wanted)) != note["stage"]:
+            raise ValueError("it was made by another stage")
+        tensors = tensors_of(body)
+        model = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}
+        moments = {name[10:]: value for name, value in tensors.items() if name.startswith("optimiser.")}
+        return State(model, moments, note["epoch"], tuple(note["kept"]), note["history"])
+
+    def _remove(self, stage: Stage, epoch: int, partial: bool) -> None:
+        for suffix in ("json", "safetensors"):
+            with contextlib.suppress(FileNotFoundError):
+                self.files.delete_file(f"{self._base(stage, epoch, partial)}.{suffix}")
+
+    def _bytes(self, path: str) -> bytes:
+        with self.files.open_input_stream(path) as stream:
+            return stream.read()
+
+    def _write(self, path: str, body: bytes) -> None:
+        """Whole or not at all: written beside and renamed (object stores make a file appear whole by themselves)."""
+        beside = f"{path}.{uuid.uuid4().hex}.tmp"
+        try:
+            with self.files.open_output_stream(beside) as stream:
+                stream.write(body)
+            self.files.move(beside, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.files.delete_file(beside)
+            raise
+
+    @contextlib.contextmanager
+    def claimed(self, stage: Stage, wait_s: float = 1.0) -> Iterator[float]:
+        """Holds the claim on a stage's line, waiting while another living process does; yields the seconds waited."""
+        path, began = f"{self.root}/{line(stage)}/claim", time.monotonic()
+        mine = {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
+        self.files.create_dir(f"{self.root}/{line(stage)}", recursive=True)
+        while not self._take(path, mine):
+            time.sleep(wait_s)
+        over = threading.Event()
+        beat = threading.Thread(target=self._beat, args=(path, mine, over), daemon=True)
+        beat.start()
+        try:
+            yield time.monotonic() - began
+        finally:
+            over.set()
+            beat.join()
+            with contextlib.suppress(OSError):
+                self.files.delete_file(path)
+
+    def _beat(self, path: str, mine: dict, over: threading.Event) -> None:
+        while not over.wait(BEAT_S):
+            with contextlib.suppress(OSError):
+                self._write(path, json.dumps({**mine, "time": time.time()}).encode())
+
+    def _take(self, path: str, mine: dict) -> bool:
+        """Makes the claim if nobody alive holds it.
+
+        Local folders decide by an exclusive create; elsewhere two may win in a blink, which costs work and no result.
+        """
+        body = json.dumps({**mine, "time": time.time()}).encode()
+        try:
+            held = json.loads(self._bytes(path))
+        except FileNotFoundError:
+            return self._create(path, body)
+        except (OSError, ValueError):
+            held = {}
+        if self._alive(held):
+            return False
+        with contextlib.suppress(OSError):
+            self.files.delete_file(path)
+        return self._create(path, body)
+
+    def _create(self, path: str, body: bytes) -> bool:
+        if not isinstance(self.files, arrow.LocalFileSystem):
+            self._write(path, body)
+            return True
+        beside = f"{path}.{uuid.uuid4().hex}.tmp"
+        with open(beside, "wb") as stream:
+            stream.write(body)
+        try:
+            os.link(beside, path)
+        except FileExistsError:
+            return False
+        finally:
+            os.unlink(beside)
+        return True
+
+    @staticmethod
+    def _alive(held: dict) -> bool:
+        if time.time() - held.get("time", 0) > EXPIRY_S:
+            return False
+        if held.get("host") != socket.gethostname():
+            return True
+        try:
+            os.kill(held["pid"], 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
+        return True

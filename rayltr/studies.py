@@ -1,0 +1,114 @@
+"""Studies by name or by file, and the plan that turns a point of a study's space into a chain for the user's data."""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import search_spaces
+from rayltr import catalogue
+from rayltr.spec import FixedTrial, Fn, Stage, Trial, mapped, scaled
+from search_spaces import control as default_control
+
+CONTROL, STUDY = "control", "study"
+"""The two values of the parameter `arm`: the tuned plain baseline that every search contains, and the study itself."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A space of chains.
+
+    control: the plain baseline, tuned like the rest.  presets: named points of the space.  published: what the
+    literature reports for a preset, as printed by --list.
+    """
+
+    name: str
+    space: Callable[[Trial], Stage]
+    control: Callable[[Trial], Stage]
+    presets: Mapping[str, Mapping[str, Any]]
+    published: Mapping[str, str]
+    file: Path
+
+    def __call__(self, trial: Trial) -> Stage:
+        """The chain of a trial of either arm."""
+        arm = trial.suggest_categorical("arm", [STUDY, CONTROL])
+        return self.control(trial) if arm == CONTROL else self.space(trial)
+
+
+def names() -> list[str]:
+    """The studies that come with rayltr."""
+    files = [path for folder in search_spaces.__path__ for path in Path(folder).glob("*.py")]
+    return sorted(path.stem for path in files if path.stem not in ("__init__", "control"))
+
+
+def find(study: str) -> Study:
+    """A study by its name, or by the path of a Python file with a function `space(trial) -> Stage`.
+
+    Raises ValueError for what does not exist or is no study.
+    """
+    if study.endswith(".py") or "/" in study:
+        return _study(_from_file(Path(study)), Path(study).stem)
+    if study not in names():
+        raise ValueError(f"unknown study {study!r}: {catalogue.nearest(study, names())}; or the path of a .py file")
+    return _study(import_module(f"search_spaces.{study}"), study)
+
+
+def _from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ValueError(f"there is no study file {path}; studies that come with rayltr: {', '.join(names())}")
+    name = f"rayltr_study_{path.stem}"
+    spec = spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"the study file {path} cannot be loaded: {type(error).__name__}: {error}") from error
+    catalogue.extend(module)
+    return module
+
+
+def _study(module: ModuleType, name: str) -> Study:
+    if not callable(getattr(module, "space", None)):
+        raise ValueError(f"the study {name} has no function space(trial) -> Stage")
+    paper = getattr(module, "PAPER", {})
+    presets = paper if all(isinstance(value, Mapping) for value in paper.values()) else {"paper": paper}
+    control = getattr(module, "control", default_control.control)
+    assert module.__file__ is not None
+    return Study(name, module.space, control, presets, getattr(module, "PUBLISHED", {}), Path(module.__file__))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the command line changes in every chain of a study; None leaves the study's own choice.
+
+    study: name or path.  epochs: length of the whole chain.  resources and places are not here: nothing in a plan is
+    free of influence on the numbers.
+    """
+
+    study: str
+    source: Fn | None = None
+    epochs: int | None = None
+    batch: int | None = None
+    backbone: Fn | None = None
+    precision: str | None = None
+    seed: int | None = None
+
+    def changed(self, stage: Stage) -> Stage:
+        """The chain as it is run: on the user's data, scaled to the epochs asked for, completed and checked."""
+        wanted = {name: getattr(self, name) for name in ("source", "batch", "backbone", "precision", "seed")}
+        changes = {name: value for name, value in wanted.items() if value is not None}
+        stage = mapped(stage, lambda own: own.but(**changes))
+        return catalogue.complete(stage if self.epochs is None else scaled(stage, self.epochs))
+
+    def stage(self, study: Study, params: Mapping[str, Any]) -> Stage:
+        """The chain of one point of the space.  Raises ValueError for a parameter the space does not use."""
+        trial = FixedTrial(params)
+        stage = study(trial)
+        if unused := sorted(set(params) - set(trial.asked)):
+            raise ValueError(f"the study {study.name} has no use for the parameter {unused[0]!r} at this point")
+        return self.changed(stage)

@@ -1,0 +1,216 @@
+"""The loop: a stage and its parents in, trained weights and logits out.
+
+Every choice enters as a value, so one loop serves every method; a branch on a name in this file is a bug.
+`python -m rayltr.train` runs one recipe without any search (see `rayltr.recipe`).
+"""
+
+import sys
+from importlib import import_module
+
+if __name__ == "__main__":  # the command answers --help before torch is imported
+    command = import_module("rayltr.command")
+    sys.exit(command.run(import_module("rayltr.recipe").main))
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rayltr import build
+from rayltr.catalogue import complete
+from rayltr.data import Data, Split, load
+from rayltr.interface import Batch, Diverged, Facts, Resources, State
+from rayltr.parallel import agreed, rank, synchronised, world
+from rayltr.spec import Stage, end, start
+
+Hook = Callable[[State, bool], None]
+
+
+def train(
+    stage: Stage,
+    parents: Mapping[str, State] | None = None,
+    *,
+    data: Data | None = None,
+    begun: State | None = None,
+    resources: Resources | None = None,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
+    on_snapshot: Callable[[State], None] = lambda state: None,
+    splits: Iterable[str] = ("val",),
+) -> tuple[State, dict[str, dict[str, np.ndarray]]]:
+    """Trains a stage to its end and predicts.
+
+    parents: finished states by role (resume, init, teacher).  begun: a snapshot of this very stage to go on from.
+    Returns the final state and, for each split asked for, float32 logits [N,C] by head.  Raises `Diverged` when the
+    loss is no finite number, and ValueError when a stage or a hand-over of weights cannot be.
+    """
+    stage, parents, resources = complete(stage), dict(parents or {}), resources or Resources()
+    data, device = data or load(stage.source), resources.place()
+    if resources.threads:
+        torch.set_num_threads(resources.threads)
+    module, optimiser = assembled(stage, facts(data), parents, begun, device)
+    state = begun or parents.get("resume") or State({}, {}, start(stage))
+    history = list(begun.history) if begun else []
+    run = epochs(stage, data, module, optimiser, state.epoch, device)
+    saved = time.monotonic()
+    for record in run:
+        history.append(record)
+        on_epoch(record)
+        if agreed(time.monotonic() - saved > resources.snapshot_s) and record["epoch"] < end(stage):
+            on_snapshot(snapshot(module, optimiser, record["epoch"], history))
+            saved = time.monotonic()
+    logits = {split: predict(module, getattr(data, split), device, stage.precision) for split in splits}
+    return snapshot(module, optimiser, end(stage), history), logits
+
+
+def facts(data: Data) -> Facts:
+    return Facts(data.classes, data.counts, data.mean, data.std, data.size)
+
+
+def assembled(
+    stage: Stage, known: Facts, parents: Mapping[str, State], begun: State | None, device: torch.device
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The method and its optimiser, as they stand at the beginning of the epochs to train."""
+    teacher = None
+    if stage.teacher is not None:
+        teacher = build.teacher(stage.teacher, known, parents["teacher"]).to(device)
+    module = build.method(stage, known, teacher).to(device)
+    before = begun or parents.get("resume")
+    if before is not None:
+        module.load_state_dict(before.model)
+    elif "init" in parents:
+        build.adopt(module, parents["init"])
+    module = synchronised(module).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimiser = build.optimiser(stage, module)
+    if before is not None:
+        restore(optimiser, before.optimiser)
+    return module, optimiser
+
+
+def epochs(
+    stage: Stage, data: Data, module: nn.Module, optimiser: torch.optim.Optimizer, first: int, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """THE loop: trains the epochs from the clock `first` to the stage's end, yielding one record after each."""
+    views = [build.function("views", view) for view in stage.views]
+    sampler = build.function("sampler", stage.sampler)
+    mixing = build.function("mixing", stage.mixing) if stage.mixing else None
+    schedule = build.function("schedule", stage.schedule)
+    counts, targets = torch.as_tensor(data.counts), torch.as_tensor(data.train.target)
+    model: nn.Module = DistributedDataParallel(module) if world() > 1 and first < end(stage) else module
+    if hasattr(optimiser, "guard"):
+        optimiser.guard(model)
+    for epoch in range(first, end(stage)):
+        began, sums, done = time.monotonic(), {}, 0
+        # Everything random of an epoch comes from (seed, epoch): where a run was cut or resumed changes no number.
+        host, here = generators(stage.seed, epoch, device)
+        indices = sampler(counts, targets, (epoch + 1) / stage.horizon, host)
+        steps = max(1, len(indices) // stage.batch)
+        module.train()
+        for step, rows, images in batches(data.train, indices, stage.batch, steps, device):
+            target = targets[rows].to(device)
+            seen = [view(images, here) for view in views]
+            mixed = weight = None
+            if mixing:
+                seen[0], mixed, weight = mixing(seen[0], target, counts, here)
+            batch = Batch(seen, target, rows.to(device), mixed, weight)
+            factor = schedule((epoch * steps + step + 1) / (stage.horizon * steps))
+            for group in optimiser.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            terms: dict[str, Tensor] = {}
+
+            def closure(batch: Batch = batch, terms: dict[str, Tensor] = terms) -> Tensor:
+                optimiser.zero_grad()
+                with arithmetic(stage.precision, device):
+                    found = model(batch)
+                loss = torch.stack([*found.values()]).sum()
+                loss.backward()
+                for name, value in found.items():
+                    terms.setdefault(name, value.detach())  # of SAM's two passes, the first is at the weights
+                return loss
+
+            optimiser.step(closure)
+            done += len(rows)
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value
+        yield checked(epoch + 1, {name: float(value) / steps for name, value in sums.items()}, done, began)
+
+
+def generators(seed: int, epoch: int, device: torch.device) -> tuple[torch.Generator, torch.Generator]:
+    """Two generators for one epoch: for the indices (the same on every worker) and for views and mixing (its own)."""
+    words = np.random.SeedSequence((seed, epoch)).generate_state(2 + rank(), np.uint64)
+    shared, own = (int(word) >> 1 for word in (words[0], words[1 + rank()]))
+    torch.manual_seed(own)  # for what draws inside forward, such as dropout
+    return torch.Generator().manual_seed(shared), torch.Generator(device).manual_seed(own)
+
+
+def batches(
+    split: Split, indices: Tensor, size: int, steps: int, device: torch.device
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(step, rows [B], float images [B,3,H,W] in [0, 1]) for this worker; an incomplete last batch is left out."""
+    for step in range(steps):
+        rows = indices[step * size : (step + 1) * size][rank() :: world()]
+        yield step, rows, pixels(split, rows.numpy(), device)
+
+
+def pixels(split: Split, rows: np.ndarray, device: torch.device) -> Tensor:
+    """The images of some rows as float [B,3,H,W] in [0, 1], channels last; they cross to the device as uint8."""
+    images = torch.from_numpy(split.take(rows)).to(device, non_blocking=True)
+    return images.permute(0, 3, 1, 2).to(torch.float32).div_(255)
+
+
+def arithmetic(precision: str, device: torch.device) -> AbstractContextManager:
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def checked(epoch: int, terms: dict[str, float], images: int, began: float) -> dict[str, Any]:
+    """The record of an epoch.  Raises `Diverged` when a term is no finite number."""
+    for name, value in terms.items():
+        if not math.isfinite(value):
+            raise Diverged(f"the term {name!r} became {value} in epoch {epoch}; a lower learning rate may help")
+    seconds = time.monotonic() - began
+    return {"epoch": epoch, "terms": terms, "wall_s": seconds, "images_per_s": images * world() / max(seconds, 1e-9)}
+
+
+@torch.inference_mode()
+def predict(
+    module: nn.Module, split: Split, device: torch.device, precision: str = "fp32", size: int = 500
+) -> dict[str, np.ndarray]:
+    """Float32 logits [N,C] by head for a whole split, in eval mode."""
+    module.eval()
+    parts = []
+    for first in range(0, len(split), size):
+        images = pixels(split, np.arange(first, min(first + size, len(split))), device)
+        with arithmetic(precision, device):
+            parts.append({head: z.float().cpu() for head, z in module.predict(images).items()})  # type: ignore[operator]
+    return {head: torch.cat([part[head] for part in parts]).numpy() for head in parts[0]} if parts else {}
+
+
+def snapshot(module: nn.Module, optimiser: torch.optim.Optimizer, epoch: int, history: list[dict]) -> State:
+    """A copy on the CPU of all that the run needs to go on."""
+    model = {name: copied(value) for name, value in module.state_dict().items()}
+    kept = tuple(module.keep()) if hasattr(module, "keep") else tuple(model)
+    moments = {
+        f"{position}.{name}": copied(torch.as_tensor(value))
+        for position, entries in optimiser.state_dict()["state"].items()
+        for name, value in entries.items()
+        if value is not None
+    }
+    return State(model, moments, epoch, kept, list(history))
+
+
+def copied(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True).contiguous()
+
+
+def restore(optimiser: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:
+    """Loads the moments of a saved optimiser; hyper-parameters stay those of the stage that goes on."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in saved.items():
+        position, name = key.split(".", 1)
+        state.setdefault(int(position), {})[name] = value.clone()
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})

@@ -1,0 +1,212 @@
+"""Runs a trial: every stage of its chain from the store, or trained and stored; then its predictions and metrics."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rayltr.catalogue import complete
+from rayltr.data import Data, Split, load
+from rayltr.evaluate import evaluate, tested
+from rayltr.interface import Resources, State
+from rayltr.parallel import agreed, barrier, rank
+from rayltr.records import read_predictions, write_predictions
+from rayltr.spec import Fn, Stage, chain, digest, dump, end, fn, mapped, parents
+from rayltr.store import Store
+from rayltr.studies import find
+from rayltr.train import assembled, facts, predict, train
+
+
+@dataclass
+class Result:
+    """What a trial found and what it cost.
+
+    metrics: validation metrics by name.  asked, trained: epochs of the whole chain, and those really trained here.
+    predictions: path of the validation predictions.  epochs: rows for the epoch records.
+    """
+
+    address: str
+    metrics: dict[str, float]
+    asked: int
+    trained: int
+    wall_s: float
+    predictions: str
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+
+
+def identified(stage: Stage, content: Callable[[Fn], str]) -> Stage:
+    """The completed chain as it is named in the store: sources are replaced by the digest of their content."""
+    return mapped(complete(stage), lambda own: own.but(source=fn("content", digest=content(own.source))))
+
+
+class Trial:
+    """One chain, one store.  Under several workers each of them runs the same trial; only the first one writes."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        store: Store,
+        *,
+        resources: Resources | None = None,
+        report: Callable[[dict[str, Any]], None] = lambda record: None,
+    ):
+        self.stage, self.store = complete(stage), store
+        self.resources, self.report = resources or Resources(), report
+        self.sources: dict[Fn, Data] = {}
+        self.trained, self.names = 0, {}
+        for own in chain(self.stage):
+            self.names[own] = identified(own, lambda source: self.data(source).digest)
+
+    def data(self, source: Fn) -> Data:
+        if source not in self.sources:
+            self.sources[source] = load(source)
+        return self.sources[source]
+
+    def obtain(self, stage: Stage) -> State:
+        """The state at the end of a stage: stored, or trained from the longest stored prefix and stored."""
+        if (state := self._stored(stage)) and state.epoch == end(stage):
+            return state
+        if rank():  # the first worker holds the claim for all
+            return self._make(stage)
+        with self.store.claimed(self.names[stage]):
+            return self._make(stage)
+
+    def _stored(self, stage: Stage) -> State | None:
+        """The longest stored prefix that every worker sees."""
+        name = self.names[stage]
+        found = self.store.longest(name) if rank() == 0 else None
+        epoch = agreed(found.epoch if found else None)
+        return found if epoch is None or rank() == 0 else self.store.longest(name)
+
+    def _make(self, stage: Stage) -> State:
+        begun = self._stored(stage)
+        if begun and begun.epoch == end(stage):
+            return begun
+        given = {
+            role: self.obtain(parent) for role, parent in parents(stage).items() if begun is None or role == "teacher"
+        }
+        state, _ = train(
+            stage,
+            given,
+            data=self.data(stage.source),
+            begun=begun,
+            resources=self.resources,
+            on_epoch=lambda record: self._epoch(stage, record),
+            on_snapshot=lambda snap: self._put(stage, snap, partial=True),
+            splits=(),
+        )
+        self._put(stage, state)
+        return state
+
+    def _epoch(self, stage: Stage, record: dict[str, Any]) -> None:
+        self.trained += 1
+        position = chain(self.stage).index(stage)
+        self.report({**record, "stage": position, "of_epochs": end(stage), "trained": self.trained})
+
+    def _put(self, stage: Stage, state: State, *, partial: bool = False) -> None:
+        if rank() == 0:
+            self.store.put(self.names[stage], state, partial=partial)
+        barrier()
+
+    def predictions(self, split: str, part: Split | None = None) -> str:
+        """The path of the stored predictions of the trial on a split; made when they are missing or damaged."""
+        name, data = self.names[self.stage], self.data(self.stage.source)
+        path = self.store.predictions(name, split)
+        if agreed(readable(path) if rank() == 0 else None):
+            return path
+        state = self.obtain(self.stage)
+        if rank() == 0:
+            part = part or getattr(data, split)
+            logits = self.logits(state, part)
+            write_predictions(
+                path,
+                row=np.arange(len(part), dtype=np.int32),
+                target=part.target,
+                logits=logits,
+                counts=data.counts,
+                classes=data.classes,
+                split=split,
+                digest=data.digest,
+            )
+        barrier()
+        return path
+
+    def logits(self, state: State, part: Split) -> dict[str, np.ndarray]:
+        device = self.resources.place()
+        stage = self.stage
+        given = {"teacher": self.obtain(stage.teacher)} if stage.teacher else {}
+        module, _ = assembled(stage, facts(self.data(stage.source)), given, state, device)
+        return predict(module, part, device, stage.precision)
+
+    def run(self) -> Result:
+        """Everything of the trial, from what is stored or by training."""
+        began, asked = time.monotonic(), sum(own.epochs for own in chain(self.stage))
+        path = self.predictions("val")
+        found = read_predictions(path)
+        metrics = evaluate(found.logits, found.target, np.asarray(found.counts))
+        address = digest(self.names[self.stage])
+        return Result(address, metrics, asked, self.trained, time.monotonic() - began, path, self._rows())
+
+    def test(self) -> tuple[str, dict[str, float]]:
+        """Opens the test split: the path of the predictions and their metrics, corrected as validation says."""
+        data = self.data(self.stage.source)
+        path = self.predictions("test", data.unseal())
+        val, test = read_predictions(self.predictions("val")), read_predictions(path)
+        return path, tested(val.logits, val.target, test.logits, test.target, data.counts)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """The training curve of every stage of the chain, as rows of the epoch records."""
+        rows = []
+        for position, own in enumerate(chain(self.stage)):
+            for record in self.store.history(self.names[own]):
+                where = {"stage": position, "epoch": record["epoch"], "split": "train", "wall_s": record["wall_s"]}
+                rows += [{**where, "metric": name, "value": value} for name, value in record["terms"].items()]
+        return rows
+
+
+def readable(path: str) -> bool:
+    try:
+        read_predictions(path)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+def run(
+    stage: Stage,
+    store: Store,
+    *,
+    resources: Resources | None = None,
+    report: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> Result:
+    """Runs a chain: from the store, or train and store.  `report` gets one record per trained epoch."""
+    return Trial(stage, store, resources=resources, report=report).run()
+
+
+def recipe(stage: Stage) -> str:
+    """The completed chain as JSON, as it is kept in records and exports."""
+    return json.dumps(dump(complete(stage)))
+
+
+def for_search(settings: Any, params: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """A trial of a search as plain data: the `Result` with its paths relative to the run.  `settings`: the search's."""
+    stage = settings.plan.stage(find(settings.plan.study), params)
+    resources = Resources(threads=settings.cpus, snapshot_s=settings.snapshot_s)
+    found = run(stage, Store(f"{settings.run}/store"), resources=resources, report=report)
+    return {**vars(found), "predictions": inside(found.predictions)}
+
+
+def for_test(settings: Any, params: dict[str, Any]) -> tuple[str, dict[str, float]]:
+    """Test predictions of a finished trial of a search: their path in the run, and `rayltr.evaluate.tested`."""
+    stage = settings.plan.stage(find(settings.plan.study), params)
+    trial = Trial(stage, Store(f"{settings.run}/store"), resources=Resources(threads=settings.cpus))
+    path, metrics = trial.test()
+    return inside(path), metrics
+
+
+def inside(path: str) -> str:
+    """The path of something in a run's store, relative to the run."""
+    return path[path.rindex("/store/") + 1 :]

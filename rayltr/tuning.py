@@ -1,0 +1,337 @@
+"""The search itself: Optuna proposes points of a study's space, Ray Tune runs them as trials, records keep them.
+
+What survives a crash is ours, not Tune's: the Optuna journal (what was asked), the records (what was found) and the
+store (what was trained).  A resumed search is a new Tune run over what is left to do.
+"""
+
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import time
+import traceback
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import optuna
+import ray
+from optuna.trial import TrialState
+from ray import tune
+from ray.tune.search.optuna import OptunaSearch
+
+from rayltr import records
+from rayltr.catalogue import complete
+from rayltr.choice import best
+from rayltr.objectives import OBJECTIVES, direction, values
+from rayltr.progress import Progress
+from rayltr.spec import chain, dump
+from rayltr.studies import CONTROL, Plan, find
+
+SAMPLERS = {
+    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True),
+    "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed),
+    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
+}
+
+
+class Shortage(ValueError):
+    """More is asked for than the machines have."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A whole search: what (plan, objectives, sampler, trials) and where (the rest).  Plain values, so that it pickles.
+
+    cpus, gpus: per worker process.  concurrent: trials at once, 0 for as many as fit.
+    """
+
+    run: str
+    plan: Plan
+    trials: int
+    objectives: tuple[str, ...]
+    sampler: str
+    workers: int = 1
+    cpus: int = 1
+    gpus: float = 0.0
+    concurrent: int = 0
+    address: str | None = None
+    dashboard: bool = True
+    snapshot_s: float = 10.0
+
+
+def run_trial(config: dict[str, Any], settings: Settings) -> None:
+    """Runs one trial in a Tune actor, or in a Train run of its own when it has several workers.
+
+    Never raises for what goes wrong inside the trial: the error is the trial's result.
+    """
+    params = {key: value for key, value in config.items() if key != "number"}
+    blank = dict.fromkeys(settings.objectives, math.nan)
+    facts = {"number": config["number"], "final": 0, "started": time.time(), **blank}
+    tune.report(facts)
+    try:
+        # torch belongs in the actor: importing it in the driver would delay every start by seconds
+        place = "rayltr.cluster" if settings.workers > 1 else "rayltr.trial"
+        found = import_module(place).for_search(settings, params, lambda record: tune.report({**facts, **record}))
+    except Exception as error:
+        failed = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        tune.report({**facts, "final": 1, "state": "failed", **failed})
+        return
+    metrics = found.pop("metrics")
+    tune.report({**facts, **found, **values(metrics, settings.objectives), "metrics": metrics, "final": 1,
+                 "state": "complete"})  # fmt: skip
+
+
+class Space:
+    """What Optuna is asked for: a point of either arm, checked before it is run.  Picklable by its path."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+
+    def __call__(self, trial: Any) -> dict[str, Any]:
+        find(self.plan.study)(trial)
+        return {"number": trial.number}
+
+
+class StudySearch(OptunaSearch):
+    """OptunaSearch that tells the study the truth: failed and unfinished trials are no results, epochs no values."""
+
+    def on_trial_result(self, trial_id: str, result: dict) -> None:
+        """Values on the way are not told: a truncated schedule says little about a deferred recipe."""
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        asked = self._ot_trials.get(trial_id)
+        if asked is None or trial_id in self._completed_trials:
+            return
+        names = self.metric if isinstance(self.metric, list) else [self.metric]
+        found = [(result or {}).get(name) for name in names]
+        good = bool(result and result.get("final")) and all(
+            isinstance(value, (int, float)) and math.isfinite(value) for value in found
+        )
+        super().on_trial_complete(trial_id, result if good else None, error=not good)
+
+
+class Recorder(tune.Callback):
+    """Writes a trial's records before the sampler is told of it, and shows progress."""
+
+    def __init__(self, settings: Settings, progress: Progress):
+        self.settings, self.progress = settings, progress
+
+    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+        if not result["final"]:
+            self.progress.moved(result)
+            return
+        row = trial_row(self.settings, trial.config, result)
+        records.append_epochs(self.settings.run, [{"trial": row["trial"], **e} for e in result.get("epochs", [])])
+        records.append_trial(self.settings.run, row)
+        self.progress.ended(row)
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """The process of a trial died, more often than is retried: out of memory, most likely."""
+        error = "the process of the trial died (out of memory, or killed)"
+        row = trial_row(self.settings, trial.config, {"state": "failed", "error": error, "started": time.time()})
+        records.append_trial(self.settings.run, row)
+        self.progress.ended(row)
+
+
+def trial_row(settings: Settings, config: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
+    params = {key: value for key, value in config.items() if key != "number"}
+    stage = settings.plan.stage(find(settings.plan.study), params)
+    metrics = {f"m.val.{name}": value for name, value in result.get("metrics", {}).items()}
+    errors = result.get("traceback") or result.get("error")
+    return {
+        "study": settings.plan.study,
+        "trial": f"{config['number']:04d}",
+        "number": config["number"],
+        "state": result["state"],
+        "address": result.get("address"),
+        "seed": settings.plan.seed,
+        "classes": result.get("classes"),
+        "epochs_asked": sum(own.epochs for own in chain(stage)),
+        "epochs_trained": result.get("trained", 0),
+        "wall_s": result.get("wall_s"),
+        "objective": result.get(settings.objectives[0]) if result["state"] == "complete" else None,
+        "predictions_val": result.get("predictions"),
+        "error": errors,
+        "recipe": json.dumps(dump(complete(stage))),
+        "started": datetime.fromtimestamp(result["started"], UTC),
+        "ended": datetime.now(UTC),
+        **{f"p.{name}": value for name, value in params.items()},
+        **metrics,
+    }
+
+
+def search(settings: Settings, progress: Progress) -> bool:
+    """Runs what is left of a search, then opens the test split once for what it would ship.
+
+    Returns whether all its trials ended; records and store hold what was found.  Raises `Shortage` when the machines
+    cannot hold a single trial.
+    """
+    study, left = asked_study(settings), settings.trials - len(ended(settings.run))
+    if left <= 0 and not sealed(settings.run):
+        return True
+    connect(settings)
+    settings = fitted(settings)
+    if left > 0:
+        searcher = StudySearch(
+            Space(settings.plan),
+            metric=single(settings.objectives),
+            mode=single(tuple(direction(name) for name in settings.objectives)),
+            sampler=sampler(settings, len(study.trials)),
+            storage=study._storage,
+            study_name=study.study_name,
+        )
+        progress.begin(left, settings.concurrent)
+        try:
+            tuner(settings, searcher, left, Recorder(settings, progress)).fit()
+        finally:
+            progress.close()
+    done = len(ended(settings.run)) >= settings.trials
+    if done:
+        unseal(settings)
+        shutil.rmtree(Path(settings.run) / "ray", ignore_errors=True)
+    return done
+
+
+def sealed(run: str) -> list[dict[str, Any]]:
+    """The trials that would be shipped and have not met the test split yet."""
+    chosen = {row["trial"]: dict(row) for row in best(records.read_trials(run).to_pylist()).values()}
+    return [row for row in chosen.values() if not row["predictions_test"]]
+
+
+def unseal(settings: Settings) -> None:
+    """Opens the test split for the chosen trials, once, and notes it in the records and in run.json."""
+    rows = sealed(settings.run)
+    if not rows:
+        return
+    remote = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus)(tested)
+    found = ray.get([remote.remote(settings, parameters(row)) for row in rows])
+    for row, (path, metrics) in zip(rows, found, strict=True):
+        scores = {f"m.test.{name}": value for name, value in metrics.items()}
+        records.append_trial(settings.run, {**row, "predictions_test": path, **scores})
+    info = records.read_run(settings.run)
+    opening = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "trials": [row["trial"] for row in rows]}
+    records.write_run(settings.run, {**info, "openings": [*info["openings"], opening]})
+
+
+def tested(settings: Settings, params: dict[str, Any]) -> tuple[str, dict[str, float]]:
+    """Runs where the trials ran; see `rayltr.trial.for_test`."""
+    return import_module("rayltr.trial").for_test(settings, params)  # torch stays out of the driver
+
+
+def parameters(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The active parameters of a row of the trials table."""
+    return {name[2:]: value for name, value in row.items() if name.startswith("p.") and value is not None}
+
+
+def single(items: tuple[str, ...]) -> Any:
+    return list(items) if len(items) > 1 else items[0]
+
+
+def sampler(settings: Settings, seen: int) -> optuna.samplers.BaseSampler:
+    """The sampler, seeded by the search's seed and the number of trials asked before: a resumed search draws anew."""
+    return SAMPLERS[settings.sampler]((settings.plan.seed or 0) + seen)
+
+
+def ended(run: str) -> list[dict[str, Any]]:
+    return [row for row in records.read_trials(run).to_pylist() if row["state"] in ("complete", "failed", "pruned")]
+
+
+def asked_study(settings: Settings) -> optuna.Study:
+    """The Optuna study of a run: its journal, with the trials that a crash left open asked again first.
+
+    A new study begins with the control arm, then with the point of each arm that the sampler is free to fill.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # TPE's `group`, which we want
+    journal = optuna.storages.journal.JournalFileBackend(str(Path(settings.run) / "optuna.journal"))
+    study = optuna.create_study(
+        storage=optuna.storages.JournalStorage(journal),
+        study_name="rayltr",
+        directions=["minimize" if direction(name) == "min" else "maximize" for name in settings.objectives],
+        load_if_exists=True,
+    )
+    known = {row["number"]: row for row in ended(settings.run)}
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        told = known.get(trial.number)
+        if told and told["state"] == "complete":
+            metrics = {name: told[f"m.val.{name}"] for name in OBJECTIVES.values() if f"m.val.{name}" in told}
+            study.tell(trial.number, list(values(metrics, settings.objectives).values()))
+            continue
+        study.tell(trial.number, state=TrialState.FAIL)
+        if told is None:
+            study.enqueue_trial(trial.params)
+    if not study.trials:
+        for arm in arms(settings.trials):
+            study.enqueue_trial({"arm": arm})
+    return study
+
+
+def arms(trials: int) -> list[str]:
+    """The arm of each trial, as enqueued: the first and then every fifth is the control's."""
+    return [CONTROL if number % 5 == 0 else "study" for number in range(trials)]
+
+
+def connect(settings: Settings) -> None:
+    """Starts Ray on this machine, or joins the cluster at an address."""
+    os.environ |= {
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    }
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if settings.address:
+        ray.init(address=settings.address, **quiet)
+    else:
+        ray.init(address="local", include_dashboard=settings.dashboard, **quiet)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))  # Tune saves and returns on SIGINT
+
+
+def fitted(settings: Settings) -> Settings:
+    """The settings with as many trials at once as fit.  Raises `Shortage`, with the numbers, when none does."""
+    have = ray.cluster_resources()
+    gpus = settings.gpus if settings.gpus >= 0 else float(have.get("GPU", 0) > 0)
+    need = {"CPU": settings.cpus * settings.workers, "GPU": gpus * settings.workers}
+    for name, amount in need.items():
+        if amount > have.get(name, 0):
+            per = f"{settings.workers} workers x " if settings.workers > 1 else ""
+            raise Shortage(
+                f"a trial needs {amount:g} {name} ({per}{amount / settings.workers:g}), "
+                f"but the cluster has {have.get(name, 0):g}"
+            )
+    fits = min(int(have[name] // amount) for name, amount in need.items() if amount)
+    if settings.concurrent > fits:
+        raise Shortage(f"{settings.concurrent} trials at once do not fit: the cluster has room for {fits}")
+    return Settings(**{**vars(settings), "gpus": gpus, "concurrent": settings.concurrent or fits})
+
+
+def tuner(settings: Settings, searcher: StudySearch, left: int, recorder: Recorder) -> tune.Tuner:
+    one = settings.workers == 1
+    need = {"CPU": settings.cpus, "GPU": settings.gpus} if one else {"CPU": 0.01}
+    return tune.Tuner(
+        tune.with_resources(tune.with_parameters(run_trial, settings=settings), need),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=left,
+            max_concurrent_trials=min(settings.concurrent, left),
+            reuse_actors=one,
+            trial_dirname_creator=str,
+        ),
+        run_config=tune.RunConfig(
+            name="ray",
+            storage_path=settings.run,
+            verbose=0,
+            callbacks=[recorder],
+            failure_config=tune.FailureConfig(max_failures=1),
+        ),
+    )

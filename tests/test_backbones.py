@@ -1,0 +1,134 @@
+import pytest
+import timm as timm_library
+import torch
+import torchvision as torchvision_library
+from torch import nn
+from torch.nn import functional as F
+
+from rayltr.backbones import BACKBONES, Normalised
+
+SMALL = {
+    "resnet20": ({}, 32),
+    "resnet32": ({}, 32),
+    "timm": ({"model": "resnet18"}, 64),
+    "torchvision": ({"model": "resnet18"}, 64),
+}
+every_backbone = pytest.mark.parametrize("name", BACKBONES)
+
+
+def built(name):
+    keywords, side = SMALL[name]
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return BACKBONES[name](**keywords).eval(), torch.rand(2, 3, side, side)
+
+
+@every_backbone
+@torch.no_grad()
+def test_features_are_the_average_of_the_feature_map(name):
+    body, images = built(name)
+    features, places = body(images), body.feature_map(images)
+    assert type(body.dim) is int and features.shape == (2, body.dim)
+    assert places.shape[:2] == features.shape and places.dim() == 4
+    torch.testing.assert_close(places.mean((2, 3)), features)
+
+
+@every_backbone
+@torch.no_grad()
+def test_normalised_subtracts_and_divides_first(name):
+    body, images = built(name)
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+    wrapped = Normalised(body, mean, std).eval()
+    channels = [(images[:, c] - mean[c]) / std[c] for c in range(3)]
+    plain = torch.stack(channels, dim=1)
+    assert wrapped.dim == body.dim and wrapped.body is body
+    torch.testing.assert_close(wrapped(images), body(plain))
+    torch.testing.assert_close(wrapped.feature_map(images), body.feature_map(plain))
+    assert wrapped.state_dict()["mean"].shape == wrapped.state_dict()["std"].shape == (1, 3, 1, 1)
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_resnet32_has_the_published_size():
+    body = BACKBONES["resnet32"]()
+    assert body.dim == 64
+    assert parameters(body) + parameters(nn.Linear(64, 100)) == 470_004
+    assert body.feature_map(torch.rand(2, 3, 32, 32)).shape == (2, 64, 8, 8)
+    assert sum(isinstance(m, nn.Conv2d) for m in body.modules()) == 31
+
+
+def test_resnet20_and_width():
+    body = BACKBONES["resnet20"](width=4)
+    assert body.dim == 16
+    assert sum(isinstance(m, nn.Conv2d) for m in body.modules()) == 19
+    assert parameters(BACKBONES["resnet20"]()) + 650 == 269_722  # with ten classes, parameter-free shortcuts
+    assert body(torch.rand(2, 3, 8, 8)).shape == (2, 16)
+
+
+@torch.no_grad()
+def test_the_shortcut_subsamples_and_pads_channels_on_both_sides():
+    body = BACKBONES["resnet32"]().eval()
+    first = body.trunk[4][0]  # 16 -> 32 channels
+    for conv in (first.conv1, first.conv2):
+        conv.weight.zero_()
+    x = torch.rand(1, 16, 32, 32)
+    expected = torch.zeros(1, 32, 16, 16)
+    expected[:, 8:24] = x[:, :, 0::2, 0::2]
+    torch.testing.assert_close(first(x), expected)
+
+
+def test_convolutions_start_kaiming_normal_by_fan_in():
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        body = BACKBONES["resnet32"]()
+    for conv in (m for m in body.modules() if isinstance(m, nn.Conv2d)):
+        fan_in = conv.in_channels * 9
+        assert conv.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.12)
+        assert conv.bias is None
+
+
+@torch.no_grad()
+def test_timm_is_the_library_s_network_and_passes_dropout():
+    keywords = {"model": "mobilenetv3_small_050", "drop": 0.3}  # widens its features before the classifier
+    body = BACKBONES["timm"](**keywords).eval()
+    assert body.body.drop_rate == 0.3
+    assert body(torch.rand(2, 3, 64, 64)).shape == (2, body.dim)
+    vit = BACKBONES["timm"](model="vit_tiny_patch16_224").eval()
+    assert vit(torch.rand(1, 3, 224, 224)).shape == (1, vit.dim) == (1, 192)
+
+
+@torch.no_grad()
+def test_torchvision_is_the_library_s_network_without_its_classifier():
+    body, images = built("torchvision")
+    full = torchvision_library.models.resnet18().eval()
+    stripped = {name.removeprefix("trunk."): value for name, value in body.state_dict().items()}
+    assert full.load_state_dict(stripped, strict=False).missing_keys == ["fc.weight", "fc.bias"]
+    torch.testing.assert_close(F.linear(body(images), full.fc.weight, full.fc.bias), full(images))
+
+
+@pytest.mark.parametrize("name", ["timm", "torchvision"])
+def test_an_unknown_model_is_refused_with_names_near_it(name):
+    with pytest.raises(ValueError, match="no model 'resnet19'.*near are .*resnet18"):
+        BACKBONES[name](model="resnet19")
+
+
+def test_torchvision_offers_only_what_it_can_strip():
+    with pytest.raises(ValueError, match="torchvision has no model 'vgg16'"):
+        BACKBONES["torchvision"](model="vgg16")
+
+
+@pytest.mark.parametrize(
+    "name, library, function",
+    [("timm", timm_library, "create_model"), ("torchvision", torchvision_library.models, "get_model")],
+)
+def test_weights_that_cannot_be_had_are_one_clear_line(name, library, function, monkeypatch):
+    def offline(*_, **keywords):
+        assert keywords.get("pretrained") or keywords.get("weights")
+        raise OSError("no connection\nand a long story")
+
+    monkeypatch.setattr(library, function, offline)
+    with pytest.raises(ValueError) as error:
+        BACKBONES[name](model="resnet18", pretrained=True)
+    assert str(error.value) == "'resnet18' cannot be made with pretrained weights here: no connection"

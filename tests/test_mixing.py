@@ -1,0 +1,167 @@
+import pytest
+import torch
+
+from rayltr import mixing as module
+from rayltr.mixing import MIXINGS, remix_weight
+
+COUNTS = torch.tensor([900, 300, 100, 10])
+every_mixing = pytest.mark.parametrize("mixing", MIXINGS.values(), ids=MIXINGS)
+
+
+def batch(size=64, seed=0, dtype=torch.float32):
+    """Images whose pixels all differ, so that a mixed pixel tells where it comes from."""
+    g = torch.Generator().manual_seed(seed)
+    images = torch.rand(size, 3, 8, 12, generator=g, dtype=torch.float64).to(dtype)
+    return images, torch.randint(4, (size,), generator=g), COUNTS
+
+
+def mixed(name, seed=0, **keywords):
+    return MIXINGS[name](*batch(), torch.Generator().manual_seed(seed), **keywords)
+
+
+@every_mixing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_shapes_dtypes_and_ranges(mixing, dtype):
+    images, target, counts = batch(dtype=dtype)
+    out, other, weight = mixing(images, target, counts, torch.Generator().manual_seed(0))
+    assert out.shape == images.shape and out.dtype == dtype
+    assert other.shape == target.shape and other.dtype == torch.int64
+    assert weight.shape == (64,) and weight.dtype == torch.promote_types(dtype, torch.float32)
+    assert (weight >= 0).all() and (weight <= 1).all()
+    assert (out >= 0).all() and (out <= 1).all()
+    assert torch.equal(other.bincount(minlength=4), target.bincount(minlength=4))  # a permutation
+
+
+@every_mixing
+def test_the_generator_decides_everything(mixing):
+    runs = []
+    for noise, seed in [(1, 7), (2, 7), (1, 8)]:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(noise)
+            runs.append(mixing(*batch(), torch.Generator().manual_seed(seed)))
+    assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
+    assert not torch.equal(runs[0][0], runs[2][0])
+
+
+@every_mixing
+def test_the_input_is_left_alone_and_channels_last_is_kept(mixing):
+    images, target, counts = batch()
+    images = images.contiguous(memory_format=torch.channels_last)
+    before = images.clone()
+    out, _, _ = mixing(images, target, counts, torch.Generator().manual_seed(0))
+    assert torch.equal(images, before)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+@every_mixing
+def test_equal_images_stay_and_a_single_image_is_its_own_partner(mixing):
+    images, target, counts = batch()
+    same = images[:1].expand(64, -1, -1, -1)
+    torch.testing.assert_close(mixing(same, target, counts, torch.Generator().manual_seed(0))[0], same)
+    out, other, _ = mixing(images[:1], target[:1], counts, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(out, images[:1])
+    assert torch.equal(other, target[:1])
+
+
+@every_mixing
+def test_alpha_must_be_positive(mixing):
+    with pytest.raises(ValueError, match="alpha of a mixing is above 0, not 0"):
+        mixing(*batch(), torch.Generator(), alpha=0.0)
+
+
+def test_mixup_blends_with_the_image_whose_target_it_returns():
+    images, target, _ = batch()
+    out, other, weight = mixed("mixup")
+    share = weight[0]
+    assert 0.05 < share < 0.95 and (weight == share).all()
+    blends = share * images[:, None] + (1 - share) * images[None]  # every pair
+    fits = (blends - out[:, None]).abs().flatten(2).amax(2) < 1e-6
+    assert (fits.sum(0) == 1).all() and (fits.sum(1) == 1).all()  # one partner each, everyone once
+    assert torch.equal(other, target[fits.int().argmax(1)])
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_the_proportion_follows_the_beta_distribution(name, alpha):
+    g = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, 32, 32)
+    target = torch.zeros(2, dtype=torch.int64)
+    shares = torch.stack([MIXINGS[name](images, target, COUNTS, g, alpha=alpha)[2][0] for _ in range(3000)]).double()
+    if name == "mixup":  # Beta(a, a): mean 1/2, variance 1 / (4 (2a + 1))
+        assert shares.mean().item() == pytest.approx(0.5, abs=0.03)
+        assert shares.var().item() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.08)
+    else:  # boxes are clipped, so more of the image stays
+        assert 0.5 < shares.mean() < 0.8
+
+
+def test_cutmix_pastes_one_box_and_weighs_its_exact_area():
+    images, target, _ = batch()
+    sizes = set()
+    for seed in range(40):
+        out, other, weight = mixed("cutmix", seed)
+        changed = (out != images).any(1)
+        moved = changed.flatten(1).any(1)
+        box = changed.any(0)
+        rows, columns = box.any(1), box.any(0)
+        assert torch.equal(box, rows[:, None] & columns)  # a rectangle without gaps
+        assert rows.int().diff().abs().sum() <= 2 and columns.int().diff().abs().sum() <= 2
+        assert (changed[moved] == box).all()  # the same for every image
+        assert torch.equal(weight, torch.full((64,), 1 - box.sum().item() / 96))
+        sizes.add(int(box.sum()))
+        if box.any():
+            pasted, sources = out[:, :, box], images[:, :, box]
+            partner = [int((sources == p).flatten(1).all(1).nonzero()) for p in pasted]
+            assert torch.equal(other, target[partner])
+    assert len(sizes) > 10
+
+
+@pytest.mark.parametrize("fraction, side", [(0.0, 0), (0.3, 2), (0.5, 6), (1.0, 12)])
+def test_cutmix_boxes_have_even_sides_around_every_centre(fraction, side):
+    g, share = torch.Generator().manual_seed(0), torch.tensor(fraction, dtype=torch.float64)
+    spans = {tuple(module._span(12, share, g).nonzero().flatten().tolist()) for _ in range(300)}
+    expected = {tuple(range(max(c - side // 2, 0), min(c + side // 2, 12))) for c in range(12)}
+    assert spans == expected
+
+
+def test_remix_truth_table():
+    """n_i / n_j against 3 and 1/3, the share against 0.5."""
+    rows = [  # count, partner's count, share, weight
+        (300, 100, 0.4, 0.0),  # common with rare, mostly the rare image: all to the partner
+        (299, 100, 0.4, 0.4),
+        (300, 100, 0.5, 0.5),
+        (300, 100, 0.6, 0.6),
+        (100, 300, 0.6, 1.0),  # rare with common, mostly the rare image: all to the first
+        (101, 300, 0.6, 0.6),
+        (100, 300, 0.5, 0.5),
+        (100, 300, 0.4, 0.4),
+        (100, 100, 0.1, 0.1),
+        (5000, 5, 0.0, 0.0),
+        (5, 5000, 1.0, 1.0),
+    ]
+    count, partner, share, expected = torch.tensor(rows, dtype=torch.float64).unbind(1)
+    torch.testing.assert_close(remix_weight(count, partner, share, 3.0, 0.5), expected)
+    whole = remix_weight(count.long(), partner.long(), share, 3.0, 0.5)
+    torch.testing.assert_close(whole, expected)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_remix_decides_for_each_image_or_takes_the_batch_mean(seed):
+    images, target, _ = batch()
+    _, other, plain = mixed("mixup", seed)
+    out, remix_other, weight = mixed("remix", seed)
+    assert torch.equal(remix_other, other) and torch.equal(out, mixed("mixup", seed)[0])
+    expected = [
+        0.0 if COUNTS[i] >= 3 * COUNTS[j] and s < 0.5 else 1.0 if 3 * COUNTS[i] <= COUNTS[j] and 1 - s < 0.5 else s
+        for i, j, s in zip(target.tolist(), other.tolist(), plain.tolist(), strict=True)
+    ]
+    torch.testing.assert_close(weight, torch.tensor(expected))
+    assert len(weight.unique()) == 2
+    mean = mixed("remix", seed, reduce="batch")[2]
+    torch.testing.assert_close(mean, weight.mean().expand(64))
+
+
+def test_remix_without_preference_is_mixup():
+    for a, b in zip(mixed("remix", kappa=1e9), mixed("mixup"), strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="'sample' or 'batch', not 'mean'"):
+        mixed("remix", reduce="mean")
