@@ -4,14 +4,18 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rayltr import metrics, records
+from rayltr import choice, metrics, records
 
 Floats = NDArray[np.float64]
+VAL = "val."
+"""How the metrics of the validation split begin in the records."""
+
 Groups = Mapping[str, NDArray[np.int64]]
 
 
@@ -20,7 +24,7 @@ class Trial:
     """One trial and, where its predictions are stored, what they say.
 
     row: the fixed columns of the records.  params: its active parameters.  recorded: the metrics in the records.
-    val: `metrics.summary` of the validation predictions, or of the same names in the records.
+    val: the validation scores, names as in `metrics.SUMMARY`; recorded, or else taken from the predictions.
     curve: `metrics.sweep` at the fitted temperature.  per_class: validation accuracy [C] at the fitted tau and
     temperature.  error: one standard error of the fitted balanced accuracy, from the finite number of images.
     test: scores on the test split at the tau and temperature fitted on validation.  problem: why one is missing.
@@ -37,12 +41,12 @@ class Trial:
     problem: str = ""
 
     @property
-    def label(self) -> str:
-        return f"#{self.row['number']}" if self.row["number"] is not None else str(self.row["trial"])
+    def id(self) -> str:
+        return self.row["trial"]
 
     @property
     def control(self) -> bool:
-        """Whether this is the control arm: plain cross-entropy, no tricks."""
+        """Whether this trial is of the control arm: plain cross-entropy, no tricks."""
         return self.params.get("arm") == "control"
 
     def points(self) -> Floats:
@@ -69,15 +73,16 @@ class Run:
     def finished(self) -> list[Trial]:
         return [trial for trial in self.trials if trial.row["state"] == "complete"]
 
-    def best(self, score: str) -> Trial | None:
-        """The finished trial with the largest validation score; None if no finished trial has one."""
-        measured = [trial for trial in self.finished if math.isfinite(trial.val[score])]
-        return max(measured, key=lambda trial: trial.val[score], default=None)
+    @cached_property
+    def chosen(self) -> dict[str, Trial]:
+        """The best finished trials by balanced, many and few accuracy, and the best of the control arm.
 
-    @property
-    def control(self) -> Trial | None:
-        """The first finished control arm."""
-        return next((trial for trial in self.finished if trial.control), None)
+        The names are those of `rayltr.choice.best`, which also decides what an export takes.  One that no trial
+        allows is absent.
+        """
+        rows = [{**trial.row, "p.arm": trial.params.get("arm"), **_scores(trial)} for trial in self.trials]
+        by_id = {trial.id: trial for trial in self.trials}
+        return {name: by_id[row["trial"]] for name, row in choice.best(rows).items()}
 
 
 def load(folder: str | os.PathLike) -> Run:
@@ -86,8 +91,11 @@ def load(folder: str | os.PathLike) -> Run:
     rows = records.read_trials(folder).to_pylist()
     if not rows:
         raise ValueError(f"{os.fspath(folder)} has no trials yet")
-    counts = np.asarray(info["data"]["counts"], np.int64)
-    names = [str(name) for name in info["data"].get("classes", range(len(counts)))]
+    data = info.get("data", {})
+    if not data.get("counts"):
+        raise ValueError(f"{os.fspath(folder)} does not say how many training images its classes have")
+    counts = np.asarray(data["counts"], np.int64)
+    names = [str(name) for name in data.get("classes") or range(len(counts))]
     groups, rule = metrics.groups(counts)
     trials = [_trial(folder, row, groups) for row in sorted(rows, key=_number)]
     return Run(os.fspath(folder), info, counts, names, groups, rule, trials)
@@ -95,6 +103,10 @@ def load(folder: str | os.PathLike) -> Run:
 
 def _number(row: Mapping[str, Any]) -> float:
     return math.inf if row["number"] is None else row["number"]
+
+
+def _scores(trial: Trial) -> dict[str, float]:
+    return {f"{records.METRIC}{VAL}{name}": value for name, value in trial.val.items()}
 
 
 def _trial(folder: str | os.PathLike, row: dict[str, Any], groups: Groups) -> Trial:
@@ -105,13 +117,13 @@ def _trial(folder: str | os.PathLike, row: dict[str, Any], groups: Groups) -> Tr
         row={name: row[name] for name in records.TRIALS.names},
         params={name: value for name, value in params.items() if value is not None},
         recorded=recorded,
-        val={name: recorded.get(name, math.nan) for name in metrics.SUMMARY},
+        val={name: recorded.get(f"{VAL}{name}", math.nan) for name in metrics.SUMMARY},
     )
     for read in (_validation, _test):
         try:
             trial = replace(trial, **read(trial, folder, groups))
         except ValueError as error:
-            trial = replace(trial, problem=f"{trial.label}: {error}")
+            trial = replace(trial, problem=f"trial {trial.id}: {error}")
     return trial
 
 
@@ -120,7 +132,7 @@ def _validation(trial: Trial, folder: str | os.PathLike, groups: Groups) -> dict
     if not trial.row["predictions_val"]:
         return {}
     z, target, counts = _logits(folder, trial.row["predictions_val"], groups)
-    val = metrics.summary(z, target, counts, groups)
+    val = metrics.summary(z, target, counts, groups) if math.isnan(trial.val["tau"]) else trial.val
     if math.isnan(val["tau"]):
         return {"val": val}
     per_class = metrics.class_accuracy(

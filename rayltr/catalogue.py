@@ -68,8 +68,8 @@ def names(axis: str) -> dict[str, Signature]:
     functions = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
     entries = next(found for tree in trees if (found := _table(tree, table)))
     common = _signature(functions["subset"]).defaults if axis == "source" else {}
-    found = {name: _signature(functions[function]) for name, function in entries.items()}
-    return {name: Signature({**s.defaults, **common}, s.required) for name, s in found.items()}
+    signatures = {name: _signature(functions[function]) for name, function in entries.items()}
+    return {name: Signature({**s.defaults, **common}, s.required) for name, s in signatures.items()}
 
 
 def _method(path: Path) -> Signature:

@@ -40,14 +40,14 @@ def for_search(settings: Any, params: dict[str, Any], report: Callable[[dict[str
     queue = Queue(actor_options={"num_cpus": 0})
     each = {"CPU": settings.cpus, **({"GPU": settings.gpus} if settings.gpus else {})}
     trainer = TorchTrainer(
-        loop,
+        loop,  # type: ignore[arg-type]
         train_loop_config={"settings": settings, "params": params, "queue": queue},
         scaling_config=train.ScalingConfig(
             num_workers=settings.workers, use_gpu=settings.gpus > 0, resources_per_worker=each
         ),
-        run_config=train.RunConfig(
+        run_config=train.RunConfig(  # type: ignore[call-arg]
             storage_path=f"{settings.run}/ray/train",
-            failure_config=train.FailureConfig(max_failures=1, controller_failure_limit=5),
+            failure_config=train.FailureConfig(max_failures=1, controller_failure_limit=5),  # type: ignore[call-arg]
             logging_config=train.LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -60,7 +60,7 @@ def relayed(trainer: TorchTrainer, queue: Queue, report: Callable[[dict[str, Any
 
     def fit() -> None:
         try:
-            outcome["found"] = trainer.fit().return_value
+            outcome["found"] = trainer.fit().return_value  # type: ignore[attr-defined]
         except Exception as error:
             outcome["error"] = error
 

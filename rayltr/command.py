@@ -39,6 +39,9 @@ def run(main: Callable[[Sequence[str] | None], int], arguments: Sequence[str] | 
         code, text = USAGE, str(error)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        sys.stdout = None
+        return 0
     print(f"rayltr: {' '.join(text.split())}", file=sys.stderr)
     return code
 
@@ -46,9 +49,9 @@ def run(main: Callable[[Sequence[str] | None], int], arguments: Sequence[str] | 
 def data_options(parser: argparse.ArgumentParser) -> None:
     """The options that say what is trained on and how long."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data", metavar="NAME|PATH", help="a source by name (digits, cifar10, cifar100, synthetic), or "
-                       "a folder of images, Parquet files or list files; default: the study's own")  # fmt: skip
-    group.add_argument("--ratio", type=float, metavar="R", help="build a long tail: largest class / smallest class, >= 1")
+    group.add_argument("--data", metavar="NAME|PATH", help="a source by name (digits, cifar10, cifar100, "
+                       "synthetic), or a folder of images, Parquet or list files (default: the study's)")  # fmt: skip
+    group.add_argument("--ratio", type=float, metavar="R", help="build a long tail: largest / smallest class, >= 1")
     group.add_argument("--profile", choices=("exponential", "step", "pareto"), help="shape of the tail that is built")
     group.add_argument("--imbalance-seed", type=int, metavar="N", help="which images the long tail keeps (default 0)")
     group.add_argument("--paper-split", action="store_true", help="exactly the published training set")

@@ -21,8 +21,6 @@ def evaluate(logits: Mapping[str, np.ndarray], target: np.ndarray, counts: np.nd
     return found
 
 
-
-
 def tested(
     val: Mapping[str, np.ndarray],
     val_target: np.ndarray,

@@ -56,7 +56,7 @@ def manifest(info: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
     """Where the model comes from."""
     data = {key: info["data"][key] for key in ("digest", "counts", "protocol", "hashes", "images")}
     fixed = {key: row[key] for key in ("study", "trial", "address", "seed", "epochs_asked", "epochs_trained")}
-    return {"command": info["command"], "versions": info["versions"], "openings": info["openings"], **fixed, "data": data}
+    return {**{key: info[key] for key in ("command", "versions", "openings")}, **fixed, "data": data}
 
 
 def card(info: Mapping[str, Any], row: Mapping[str, Any], classes: Sequence[str]) -> str:

@@ -14,8 +14,8 @@ class Facts:
 
     classes: tuple[str, ...]
     counts: np.ndarray
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     size: tuple[int, int]
 
 

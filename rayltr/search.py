@@ -24,7 +24,7 @@ from rayltr.studies import Plan, Study
 EPOCHS = 20
 """Length of a chain unless --epochs says otherwise: a look at the data, not the paper's 200 to 400."""
 CHECKED = 24
-"""Random points of a space that are completed before a search starts: a misspelt name is found here, not after hours."""
+"""Random points of a space that are checked before a search starts: a misspelt name is found now, not after hours."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -137,7 +137,8 @@ def begin(run: Path, options: Any, study: Study, settled: Mapping, data: Any, ar
             raise Refused(f"{run} is a run with other arguments, data or study; choose another --name")
         ended = records.read_trials(run).num_rows
         if ended < options.trials and not options.resume:
-            raise Refused(f"{run} has {ended} of {options.trials} trials; go on with --resume, or choose another --name")
+            have = f"{run} has {ended} of {options.trials} trials"
+            raise Refused(f"{have}; go on with --resume, or choose another --name")
         return
     if options.resume:
         raise Refused(f"there is no run {run} to resume")

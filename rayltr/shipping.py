@@ -30,7 +30,7 @@ SCHEMA = 1
 
 
 class Shipped(nn.Module):
-    """A backbone with one linear classifier; `normalise`: the classifier sees features of unit length (cosine heads)."""
+    """A backbone and one linear classifier, which sees features of unit length with `normalise` (cosine heads)."""
 
     def __init__(self, backbone: Normalised, classes: int, normalise: bool):
         super().__init__()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 CODE = 1
-"""Version of the numerics.  Raise it when a change of the code changes trained weights: old artifacts are then left alone."""
+"""Version of the numerics.  Raise it when changed code trains other weights: old artifacts are then passed by."""
 
 PARENTS = ("resume", "init", "teacher")
 
@@ -129,8 +129,7 @@ def _rescaled(stage: Stage, cuts: dict[Stage, int], factor: float) -> Stage:
     short = stage.but(epochs=cuts.get(stage, 0), **new)
     if stage.horizon is None:
         return short
-    over = stage.horizon - end(stage)
-    return short.but(horizon=end(short) + max(0, round(over * factor)))
+    return short.but(horizon=max(end(short), round(stage.horizon * factor)))
 
 
 def mapped(stage: Stage, change: Callable[[Stage], Stage]) -> Stage:
@@ -156,7 +155,8 @@ def parse(data: Mapping[str, Any]) -> Stage:
         raise ValueError(f"a stage has no field {unknown[0]!r}; its fields are {', '.join(sorted(known))}")
     if missing := sorted({"source", "epochs"} - set(data)):
         raise ValueError(f"a stage needs the field {missing[0]!r}")
-    return Stage(**{key: parse(value) if key in PARENTS else _parsed(value) for key, value in data.items()})
+    values: dict[str, Any] = {key: parse(v) if key in PARENTS else _parsed(v) for key, v in data.items()}
+    return Stage(**values)
 
 
 def _parsed(value: Any) -> Any:

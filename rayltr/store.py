@@ -31,7 +31,7 @@ EXPIRY_S = 60.0
 
 
 class Store:
-    """Artifacts under a folder, local or any URI that `pyarrow.fs` knows.  Raises ValueError if it cannot be written."""
+    """Artifacts under a folder: a local one or a URI `pyarrow.fs` knows.  Raises ValueError if it cannot be written."""
 
     def __init__(self, root: str | os.PathLike):
         self.files, self.root = filesystem(root)

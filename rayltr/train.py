@@ -100,15 +100,17 @@ def epochs(
     sampler = build.function("sampler", stage.sampler)
     mixing = build.function("mixing", stage.mixing) if stage.mixing else None
     schedule = build.function("schedule", stage.schedule)
+    horizon = stage.horizon or end(stage)
     counts, targets = torch.as_tensor(data.counts), torch.as_tensor(data.train.target)
     model: nn.Module = DistributedDataParallel(module) if world() > 1 and first < end(stage) else module
     if hasattr(optimiser, "guard"):
         optimiser.guard(model)
     for epoch in range(first, end(stage)):
-        began, sums, done = time.monotonic(), {}, 0
+        began, done = time.monotonic(), 0
+        sums: dict[str, Tensor | float] = {}
         # Everything random of an epoch comes from (seed, epoch): where a run was cut or resumed changes no number.
         host, here = generators(stage.seed, epoch, device)
-        indices = sampler(counts, targets, (epoch + 1) / stage.horizon, host)
+        indices = sampler(counts, targets, (epoch + 1) / horizon, host)
         steps = max(1, len(indices) // stage.batch)
         module.train()
         for step, rows, images in batches(data.train, indices, stage.batch, steps, device):
@@ -118,7 +120,7 @@ def epochs(
             if mixing:
                 seen[0], mixed, weight = mixing(seen[0], target, counts, here)
             batch = Batch(seen, target, rows.to(device), mixed, weight)
-            factor = schedule((epoch * steps + step + 1) / (stage.horizon * steps))
+            factor = schedule((epoch * steps + step + 1) / (horizon * steps))
             for group in optimiser.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             terms: dict[str, Tensor] = {}
@@ -133,7 +135,7 @@ def epochs(
                     terms.setdefault(name, value.detach())  # of SAM's two passes, the first is at the weights
                 return loss
 
-            optimiser.step(closure)
+            optimiser.step(closure)  # type: ignore[arg-type]
             done += len(rows)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value
@@ -193,7 +195,7 @@ def predict(
 def snapshot(module: nn.Module, optimiser: torch.optim.Optimizer, epoch: int, history: list[dict]) -> State:
     """A copy on the CPU of all that the run needs to go on."""
     model = {name: copied(value) for name, value in module.state_dict().items()}
-    kept = tuple(module.keep()) if hasattr(module, "keep") else tuple(model)
+    kept = tuple(module.keep()) if hasattr(module, "keep") else tuple(model)  # type: ignore[operator]
     moments = {
         f"{position}.{name}": copied(torch.as_tensor(value))
         for position, entries in optimiser.state_dict()["state"].items()

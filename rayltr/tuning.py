@@ -12,7 +12,6 @@ import shutil
 import signal
 import time
 import traceback
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,26 +19,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import optuna
 import ray
-from optuna.trial import TrialState
 from ray import tune
-from ray.tune.search.optuna import OptunaSearch
 
 from rayltr import records
 from rayltr.catalogue import complete
 from rayltr.choice import best
-from rayltr.objectives import OBJECTIVES, direction, values
+from rayltr.objectives import direction, values
 from rayltr.progress import Progress
+from rayltr.proposals import SAMPLERS, Space, StudySearch, asked_study, ended
 from rayltr.spec import chain, dump
-from rayltr.studies import CONTROL, Plan, find
-
-SAMPLERS = {
-    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True),
-    "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed),
-    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
-    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
-}
+from rayltr.studies import Plan, find
 
 
 class Shortage(ValueError):
@@ -87,35 +77,6 @@ def run_trial(config: dict[str, Any], settings: Settings) -> None:
     metrics = found.pop("metrics")
     tune.report({**facts, **found, **values(metrics, settings.objectives), "metrics": metrics, "final": 1,
                  "state": "complete"})  # fmt: skip
-
-
-class Space:
-    """What Optuna is asked for: a point of either arm, checked before it is run.  Picklable by its path."""
-
-    def __init__(self, plan: Plan):
-        self.plan = plan
-
-    def __call__(self, trial: Any) -> dict[str, Any]:
-        find(self.plan.study)(trial)
-        return {"number": trial.number}
-
-
-class StudySearch(OptunaSearch):
-    """OptunaSearch that tells the study the truth: failed and unfinished trials are no results, epochs no values."""
-
-    def on_trial_result(self, trial_id: str, result: dict) -> None:
-        """Values on the way are not told: a truncated schedule says little about a deferred recipe."""
-
-    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        asked = self._ot_trials.get(trial_id)
-        if asked is None or trial_id in self._completed_trials:
-            return
-        names = self.metric if isinstance(self.metric, list) else [self.metric]
-        found = [(result or {}).get(name) for name in names]
-        good = bool(result and result.get("final")) and all(
-            isinstance(value, (int, float)) and math.isfinite(value) for value in found
-        )
-        super().on_trial_complete(trial_id, result if good else None, error=not good)
 
 
 class Recorder(tune.Callback):
@@ -174,17 +135,20 @@ def search(settings: Settings, progress: Progress) -> bool:
     Returns whether all its trials ended; records and store hold what was found.  Raises `Shortage` when the machines
     cannot hold a single trial.
     """
-    study, left = asked_study(settings), settings.trials - len(ended(settings.run))
+    study = asked_study(settings.run, settings.objectives, settings.trials)
+    left = settings.trials - len(ended(settings.run))
     if left <= 0 and not sealed(settings.run):
         return True
     connect(settings)
     settings = fitted(settings)
     if left > 0:
+        several, modes = len(settings.objectives) > 1, [direction(name) for name in settings.objectives]
         searcher = StudySearch(
             Space(settings.plan),
-            metric=single(settings.objectives),
-            mode=single(tuple(direction(name) for name in settings.objectives)),
-            sampler=sampler(settings, len(study.trials)),
+            metric=list(settings.objectives) if several else settings.objectives[0],
+            mode=modes if several else modes[0],
+            # a resumed search draws anew: the state of the sampler's random numbers is not kept
+            sampler=SAMPLERS[settings.sampler]((settings.plan.seed or 0) + len(study.trials)),
             storage=study._storage,
             study_name=study.study_name,
         )
@@ -231,54 +195,6 @@ def parameters(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name[2:]: value for name, value in row.items() if name.startswith("p.") and value is not None}
 
 
-def single(items: tuple[str, ...]) -> Any:
-    return list(items) if len(items) > 1 else items[0]
-
-
-def sampler(settings: Settings, seen: int) -> optuna.samplers.BaseSampler:
-    """The sampler, seeded by the search's seed and the number of trials asked before: a resumed search draws anew."""
-    return SAMPLERS[settings.sampler]((settings.plan.seed or 0) + seen)
-
-
-def ended(run: str) -> list[dict[str, Any]]:
-    return [row for row in records.read_trials(run).to_pylist() if row["state"] in ("complete", "failed", "pruned")]
-
-
-def asked_study(settings: Settings) -> optuna.Study:
-    """The Optuna study of a run: its journal, with the trials that a crash left open asked again first.
-
-    A new study begins with the control arm, then with the point of each arm that the sampler is free to fill.
-    """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # TPE's `group`, which we want
-    journal = optuna.storages.journal.JournalFileBackend(str(Path(settings.run) / "optuna.journal"))
-    study = optuna.create_study(
-        storage=optuna.storages.JournalStorage(journal),
-        study_name="rayltr",
-        directions=["minimize" if direction(name) == "min" else "maximize" for name in settings.objectives],
-        load_if_exists=True,
-    )
-    known = {row["number"]: row for row in ended(settings.run)}
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        told = known.get(trial.number)
-        if told and told["state"] == "complete":
-            metrics = {name: told[f"m.val.{name}"] for name in OBJECTIVES.values() if f"m.val.{name}" in told}
-            study.tell(trial.number, list(values(metrics, settings.objectives).values()))
-            continue
-        study.tell(trial.number, state=TrialState.FAIL)
-        if told is None:
-            study.enqueue_trial(trial.params)
-    if not study.trials:
-        for arm in arms(settings.trials):
-            study.enqueue_trial({"arm": arm})
-    return study
-
-
-def arms(trials: int) -> list[str]:
-    """The arm of each trial, as enqueued: the first and then every fifth is the control's."""
-    return [CONTROL if number % 5 == 0 else "study" for number in range(trials)]
-
-
 def connect(settings: Settings) -> None:
     """Starts Ray on this machine, or joins the cluster at an address."""
     os.environ |= {
@@ -288,7 +204,7 @@ def connect(settings: Settings) -> None:
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     }
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if settings.address:
         ray.init(address=settings.address, **quiet)
     else:

@@ -49,7 +49,8 @@ _ERRORS = {
     "drw_csce": 58.38, "drw_cb_ce": 60.79, "drw_bsce": 58.18, "ldam_drw": 57.53, "drs_balance": 59.36,
     "drs_square": 59.64, "drs_progressive": 59.59, "crt": 59.74, "lws": 59.84, "tau_norm": 59.04,
 }  # fmt: skip
-PUBLISHED = {name: f"{error:.2f} % error on CIFAR-100-LT, ratio 100 (selected on test)" for name, error in _ERRORS.items()}
+_WHERE = "% error on CIFAR-100-LT, ratio 100 (selected on test)"
+PUBLISHED = {name: f"{error:.2f} {_WHERE}" for name, error in _ERRORS.items()}
 PUBLISHED |= {
     "input_mixup_bsce": "53.19 % error on CIFAR-100-LT, ratio 100, another draw of images (selected on test)",
     "remix_bsce": "51.97 % error on CIFAR-100-LT, ratio 100, another draw of images (selected on test)",

@@ -68,7 +68,8 @@ def val_as_test(listing: Listing) -> Listing:
 
 def checked(listing: Listing, root: Path) -> Listing:
     """The listing without empty splits.  Raises ValueError without training images and for a target out of range."""
-    parts = {split: part for split, part in listing.parts.items() if len(part[1])}
+    order = sorted(listing.parts, key=list(SPLITS.values()).index)
+    parts = {split: listing.parts[split] for split in order if len(listing.parts[split][1])}
     if "train" not in parts:
         raise ValueError(f"{root} has no training images")
     for split, (items, target) in parts.items():

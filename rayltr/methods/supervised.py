@@ -18,6 +18,9 @@ class Method(nn.Module):
     fresh_head: a stage initialised from another starts with a new classifier (cRT).
     """
 
+    counts: Tensor
+    class_weight: Tensor | None
+
     def __init__(
         self,
         parts: Parts,

@@ -1,0 +1,230 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rayltr import build, catalogue
+from rayltr.interface import Batch, Diverged, Facts, Resources, State
+from rayltr.spec import chain, fn
+from rayltr.train import assembled, batches, checked, generators, predict, train
+from tests.conftest import tiny
+
+ONE = Resources(device="cpu", threads=1)
+FACTS = Facts(("a", "b", "c", "d"), np.array([40, 25, 15, 10]), (0.5,) * 3, (0.25,) * 3, (8, 8))
+OPTIMISERS = {
+    "sgd": fn("sgd", lr=0.05, momentum=0.9, nesterov=True),
+    "adamw": fn("adamw", lr=0.01),
+    "sam": fn("sam", lr=0.05, rho=0.1, momentum=0.9),
+}
+
+
+def run(stage):
+    """The final state of a chain, trained stage by stage."""
+    states = {}
+    for own in chain(stage):
+        roles = ("resume", "init", "teacher")
+        given = {role: states[getattr(own, role)] for role in roles if getattr(own, role)}
+        states[own], logits = train(own, given, resources=ONE)
+    return states[stage], logits
+
+
+def same(one: State, other: State):
+    for kind in ("model", "optimiser"):
+        mine, theirs = getattr(one, kind), getattr(other, kind)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine), kind
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_cutting_a_stage_in_two_changes_no_weight(optimiser, precision):
+    whole = tiny(
+        epochs=4,
+        horizon=4,
+        optimiser=OPTIMISERS[optimiser],
+        views=(fn("flip_crop"),),
+        mixing=fn("mixup"),
+        sampler=fn("progressive"),
+        schedule=fn("cosine", warmup=0.3),
+        precision=precision,
+    )
+    once, logits = run(whole)
+    for cut in (1, 3):
+        first = whole.but(epochs=cut)
+        twice, again = run(whole.but(epochs=4 - cut, resume=first))
+        same(once, twice)
+        np.testing.assert_array_equal(logits["val"]["main"], again["val"]["main"])
+
+
+def test_a_snapshot_goes_on_where_it_was_taken():
+    stage, taken = tiny(epochs=4, optimiser=OPTIMISERS["sam"]), []
+    often = Resources(device="cpu", threads=1, snapshot_s=0)
+    once, _ = train(stage, resources=often, on_snapshot=taken.append)
+    assert [state.epoch for state in taken] == [1, 2, 3]
+    again, _ = train(stage, begun=taken[1], resources=ONE)
+    same(once, again)
+    assert [record["epoch"] for record in again.history] == [1, 2, 3, 4]
+
+
+def test_training_learns_and_prediction_has_every_image():
+    stage = tiny(epochs=12, source=fn("synthetic", classes=4, per_class=60, size=8, ratio=4.0))
+    state, logits = train(stage, resources=ONE)
+    losses = [record["terms"]["loss"] for record in state.history]
+    assert losses[-1] < 0.5 * losses[0]
+    assert logits["val"]["main"].shape[1] == 4 and logits["val"]["main"].dtype == np.float32
+
+
+def test_a_golden_run():
+    """Bit-identical numerics on one kind of machine; loose enough to hold on others."""
+    state, _ = train(tiny(epochs=2), resources=ONE)
+    assert [record["terms"]["loss"] for record in state.history] == pytest.approx(GOLDEN, rel=1e-4)
+
+
+GOLDEN = [1.5295551300048829, 1.4198280334472657]
+
+
+def test_a_seed_changes_everything_and_nothing_else_does():
+    once, again, other = (train(tiny(seed=seed), resources=ONE)[0] for seed in (0, 0, 1))
+    same(once, again)
+    assert not torch.equal(once.model["head.weight"], other.model["head.weight"])
+
+
+def test_lws_trains_its_scales_only():
+    first = tiny()
+    stage = first.but(init=first, head=fn("lws"), method=fn("supervised", frozen=True))
+    before, _ = run(first)
+    after, _ = run(stage)
+    assert not torch.equal(after.model["head.scale"], torch.ones(4))
+    for name, value in before.model.items():
+        assert torch.equal(after.model[name], value), name
+
+
+@pytest.mark.parametrize("drift", [False, True])
+def test_statistics_of_a_frozen_backbone_move_only_if_asked(drift):
+    first = tiny()
+    stage = first.but(init=first, method=fn("supervised", frozen=True, drift=drift, fresh_head=True))
+    before, _ = run(first)
+    after, _ = run(stage)
+    statistics = [name for name in before.model if "running" in name]
+    assert all(torch.equal(before.model[name], after.model[name]) != drift for name in statistics)
+    weights = [name for name in before.model if name.startswith("backbone") and "running" not in name]
+    assert all(torch.equal(before.model[name], after.model[name]) for name in weights if "tracked" not in name)
+    assert not torch.equal(before.model["head.weight"], after.model["head.weight"])
+
+
+def test_a_stage_of_no_epochs_only_hands_weights_over():
+    first = tiny()
+    state, logits = run(first)
+    after, normalised = run(first.but(epochs=0, init=first, head=fn("tau_normalised", tau=0.0)))
+    np.testing.assert_allclose(logits["val"]["main"], normalised["val"]["main"], atol=1e-6)
+    assert after.model.keys() == state.model.keys()
+
+
+def hand_over(change, **stage):
+    module = build.method(catalogue.complete(tiny(**stage)), FACTS)
+    model = build.method(catalogue.complete(tiny()), FACTS).state_dict()
+    change(model)
+    build.adopt(module, State(model, {}, 2, tuple(model)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.pop("head.bias"), "head.bias of this stage is missing"),
+        (lambda m: m.update({"queue": torch.zeros(1)}), "queue of the parent stage has no place"),
+        (lambda m: m.update({"head.weight": torch.zeros(5, 64)}), r"head.weight is \[5, 64\] in the parent"),
+    ],
+)
+def test_a_hand_over_is_strict(change, message):
+    with pytest.raises(ValueError, match=message):
+        hand_over(change)
+
+
+def test_a_fresh_head_may_follow_any_other():
+    hand_over(lambda model: model.pop("head.bias"), method=fn("supervised", fresh_head=True))
+
+
+def test_a_loss_that_is_no_number_is_named():
+    with pytest.raises(Diverged, match="'loss' became nan in epoch 3"):
+        checked(3, {"loss": float("nan")}, 1, 0.0)
+    with pytest.raises(Diverged, match="lower learning rate"):
+        train(tiny(optimiser=fn("sgd", lr=1e9)), resources=ONE)
+
+
+class Take:
+    def take(self, rows):
+        return np.zeros((len(rows), 8, 8, 3), np.uint8)
+
+
+@pytest.mark.parametrize(("images", "sizes"), [(50, [16, 16, 16]), (10, [10]), (16, [16])])
+def test_an_incomplete_last_batch_is_left_out_unless_it_is_the_only_one(images, sizes):
+    found = list(batches(Take(), torch.arange(images), 16, max(1, images // 16), torch.device("cpu")))
+    assert [len(rows) for _, rows, _ in found] == sizes
+
+
+def test_an_epoch_draws_from_its_seed_and_number_alone():
+    one, other = generators(3, 5, torch.device("cpu")), generators(3, 5, torch.device("cpu"))
+    assert torch.equal(torch.rand(4, generator=one[1]), torch.rand(4, generator=other[1]))
+    draws = {tuple(torch.rand(2, generator=generators(s, e, torch.device("cpu"))[0]).tolist())
+             for s in range(3) for e in range(3)}  # fmt: skip
+    assert len(draws) == 9
+
+
+def test_weights_depend_on_the_stage_and_not_on_the_data_order_of_parts():
+    module, _ = assembled(catalogue.complete(tiny()), FACTS, {}, None, torch.device("cpu"))
+    again, _ = assembled(catalogue.complete(tiny()), FACTS, {}, None, torch.device("cpu"))
+    assert all(
+        torch.equal(a, b) for a, b in zip(module.state_dict().values(), again.state_dict().values(), strict=True)
+    )
+
+
+def test_predict_does_not_depend_on_the_batch_size():
+    module = build.method(catalogue.complete(tiny()), FACTS)
+
+    class Images(Take):
+        def take(self, rows):
+            return np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8)[rows]
+
+        def __len__(self):
+            return 20
+
+    whole = predict(module, Images(), torch.device("cpu"), size=20)["main"]
+    np.testing.assert_allclose(predict(module, Images(), torch.device("cpu"), size=7)["main"], whole, atol=1e-5)
+
+
+def test_the_bare_loop_needs_no_ray_no_optuna_and_no_plotly(tmp_path):
+    """What a machine without them sees: their import fails."""
+    code = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("ray", "optuna", "plotly"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocked())
+from rayltr import command, recipe
+sys.exit(command.run(recipe.main, sys.argv[1:]))
+"""
+    words = ["bag_of_tricks", "--preset", "ldam_drw", "--data", "synthetic", "--ratio", "4", "--epochs", "2"]
+    words += ["--batch", "32", "--storage", str(tmp_path), "--name", "bare"]
+    found = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert "no report: plotly is not installed" in found.stdout
+    assert "stage 2, epoch 2/2" in found.stdout
+
+
+def test_a_batch_reaches_the_method_with_its_mixing():
+    """The loss of a mixed batch is the share-weighted sum of both targets' losses."""
+    stage = catalogue.complete(tiny(weight=fn("inverse_frequency")))
+    method: nn.Module = build.method(stage, FACTS).eval()
+    g = torch.Generator().manual_seed(0)
+    images, target = torch.rand(6, 3, 8, 8, generator=g), torch.tensor([0, 1, 2, 3, 0, 1])
+    other, share = target.flip(0), torch.rand(6, generator=g)
+    found = method(Batch([images], target, torch.arange(6), other, share))["loss"]
+    logits, w = method.predict(images)["main"], method.class_weight
+    loss = nn.CrossEntropyLoss(reduction="none")
+    expected = (share * w[target] * loss(logits, target)).sum() / w[target].sum()
+    expected += ((1 - share) * w[other] * loss(logits, other)).sum() / w[other].sum()
+    torch.testing.assert_close(found, expected)
