@@ -18,6 +18,7 @@ from analysis.tables import Table, number, percent, text
 from rayltr.metrics import GROUPS
 
 BLUE, SKY, GREEN, VERMILION = "#0072B2", "#56B4E9", "#009E73", "#D55E00"
+CLASS_MARKS = {"best": (BLUE, "circle"), "control": (VERMILION, "diamond")}
 BINS = 10
 """Binned means run over about this many groups of equally many classes."""
 
@@ -39,35 +40,30 @@ def head_tail(run: Run) -> Figure | None:
     shown = [trial for trial in run.finished if np.isfinite(trial.val["fitted_many"] + trial.val["fitted_few"])]
     if not shown:
         return None
-    owner = np.concatenate([np.full(len(trial.points()), i) for i, trial in enumerate(shown)])
+    owner = [trial for trial in shown for _ in trial.points()]
     points = np.concatenate([trial.points() for trial in shown])
-    edge = front(points[:, 1:])
-    control, best = run.control if run.control in shown else None, run.best("fitted_balanced")
+    edge = [(owner[i], points[i]) for i in front(points[:, 1:])]
+    control, best = run.chosen.get("control"), run.chosen.get("balanced")
     others = [trial for trial in shown if trial is not control]
-    figure = go.Figure([*_curves(others), _edge(points[edge], [shown[i].label for i in owner[edge]]), *_dots(others)])
-    figure.add_traces(_control(control) if control else [])
-    if control:
-        figure.add_trace(_name(control, "control", "bottom left"))
+    figure = go.Figure([_curves(others), _edge(edge), *_dots(others), *(_control(control) if control else [])])
     if best and best is not control:
-        figure.add_trace(_name(best, f"best {best.label}", "top right"))
+        figure.add_trace(_name(best, f"best {best.id}", "top right"))
     figure.update_xaxes(title="accuracy on many-shot classes (%)")
     figure.update_yaxes(title="accuracy on few-shot classes (%)")
-    whole = hypervolume(points[:, 1:])
-    alone = hypervolume(control.points()[:, 1:]) if control else None
-    legend = [
-        ("front", "front over all trials and τ"),
-        ("fitted", "trial at its fitted τ"),
-        ("raw", "the same trial, raw (τ = 0)"),
-        ("curve", "its τ curve"),
-        *([("control", "control arm: plain cross-entropy (open: raw) and its τ curve")] if control else []),
-    ]
+    base = [trial.points()[:, 1:] for trial in shown if trial.control]
     return Figure(
         name="front",
         html=_html(figure, "front"),
         says=f"Scatter plot of {len(shown)} trials: validation accuracy on many-shot against few-shot classes.",
-        caption=_front_caption(whole, alone),
-        legend=legend,
-        table=_front_table(shown, [(shown[owner[i]], points[i]) for i in edge], control),
+        caption=_front_caption(hypervolume(points[:, 1:]), hypervolume(np.concatenate(base)) if base else None),
+        legend=[
+            ("front", "front over all trials and τ"),
+            ("fitted", "trial at its fitted τ"),
+            ("raw", "the same trial, raw (τ = 0)"),
+            ("curve", "its τ curve"),
+            *([("control", "control arm (open: raw), τ curve of its best trial")] if control else []),
+        ],
+        table=_front_table(shown, edge, control),
     )
 
 
@@ -77,66 +73,66 @@ def _front_caption(whole: float, alone: float | None) -> str:
         "without training: a trick is worth its cost where its trials lie beyond the control's curve, not along it. "
     )
     area = f"The front covers {100 * whole:.1f} % of the plane from 0 to 100 % in both directions"
-    return first + (f"{area}, the control's τ curve alone {100 * alone:.1f} %." if alone is not None else f"{area}.")
+    return first + (f"{area}, the control arm alone {100 * alone:.1f} %." if alone is not None else f"{area}.")
 
 
 def _front_table(shown: list[Trial], edge: list[tuple[Trial, NDArray]], control: Trial | None) -> Table:
-    rows = [("front", trial, point) for trial, point in edge]
+    rows = [("front", trial, *point) for trial, point in edge]
     for trial in shown:
-        at = {"many": trial.val["fitted_many"], "few": trial.val["fitted_few"]}
-        rows += [("fitted", trial, np.array([trial.val["tau"], at["many"], at["few"]]))]
-        rows += [("raw", trial, np.array([0.0, trial.val["many"], trial.val["few"]]))]
-    rows += [("control's τ curve", control, point) for point in control.points()] if control else []
+        val = trial.val
+        rows.append(("fitted", trial, val["tau"], val["fitted_many"], val["fitted_few"]))
+        rows.append(("raw", trial, 0.0, val["many"], val["few"]))
+    rows += [("control's τ curve", control, *point) for point in control.points()] if control else []
     cells = [
-        [text(kind), number(trial.row["number"], "d"), number(tau, ".1f"), percent(many), percent(few)]
-        for kind, trial, (tau, many, few) in rows
-        if trial
+        [text(kind), text(trial.id), number(tau, ".1f"), percent(many), percent(few)]
+        for kind, trial, tau, many, few in rows
     ]
     return Table(["what", "trial", "τ", "many %", "few %"], cells)
 
 
-def _curves(trials: list[Trial]) -> list[go.Scatter]:
+def _curves(trials: list[Trial]) -> go.Scatter:
     """All tau curves as one line with gaps: one element however many trials there are."""
     gap = np.full((1, 3), np.nan)
     xyz = np.concatenate([np.concatenate([trial.points(), gap]) for trial in trials] or [gap])
-    return [_scatter(100 * xyz[:, 1:], mode="lines", line={"color": SKY, "width": 1}, opacity=0.45)]
+    return _scatter(100 * xyz[:, 1:], mode="lines", line={"color": SKY, "width": 1}, opacity=0.45)
 
 
 def _dots(trials: list[Trial]) -> list[go.Scatter]:
     raw = np.array([(t.val["many"], t.val["few"]) for t in trials]).reshape(-1, 2)
     fitted = np.array([(t.val["fitted_many"], t.val["fitted_few"]) for t in trials]).reshape(-1, 2)
-    open_, full = {"symbol": "circle-open", "size": 7, "color": BLUE}, {"symbol": "circle", "size": 9, "color": BLUE}
-    hover = [_hover(t.label, t.val["tau"], xy) for t, xy in zip(trials, fitted, strict=True)]
-    plain = [_hover(t.label, 0.0, xy) for t, xy in zip(trials, raw, strict=True)]
+    symbols = ["diamond" if t.control else "circle" for t in trials]
+    full = {"symbol": symbols, "size": 9, "color": [VERMILION if t.control else BLUE for t in trials]}
+    plain = {**full, "symbol": [f"{symbol}-open" for symbol in symbols], "size": 7}
     return [
-        _scatter(100 * raw, mode="markers", marker=open_, opacity=0.6, hovertext=plain),
-        _scatter(100 * fitted, mode="markers", marker=full, hovertext=hover),
+        _scatter(100 * raw, mode="markers", marker=plain, opacity=0.6, hovertext=_hovers(trials, raw, raw=True)),
+        _scatter(100 * fitted, mode="markers", marker=full, hovertext=_hovers(trials, fitted)),
     ]
 
 
-def _edge(points: NDArray, labels: list[str]) -> go.Scatter:
+def _hovers(trials: list[Trial], points: NDArray, raw: bool = False) -> list[str]:
+    return [_hover(t.id, 0.0 if raw else t.val["tau"], xy) for t, xy in zip(trials, points, strict=True)]
+
+
+def _edge(edge: list[tuple[Trial, NDArray]]) -> go.Scatter:
     return _scatter(
-        100 * points[:, 1:],
+        100 * np.array([point[1:] for _, point in edge]),
         mode="lines+markers",
         line={"color": GREEN, "width": 3},
         marker={"symbol": "triangle-up", "size": 7, "color": GREEN},
-        hovertext=[_hover(label, tau, xy) for label, (tau, *xy) in zip(labels, points, strict=True)],
+        hovertext=[_hover(trial.id, tau, xy) for trial, (tau, *xy) in edge],
     )
 
 
 def _control(trial: Trial) -> list[go.Scatter]:
     points = trial.points()
-    hover = [_hover("control", tau, xy) for tau, *xy in points]
+    hover = [_hover(f"control {trial.id}", tau, xy) for tau, *xy in points]
     ends = np.array([[trial.val["many"], trial.val["few"]], [trial.val["fitted_many"], trial.val["fitted_few"]]])
-    marks: dict[str, Any] = {
-        "symbol": ["diamond-open", "diamond"],
-        "size": 11,
-        "color": VERMILION,
-        "line": {"width": 2, "color": VERMILION},
-    }
+    marks = {"symbol": ["diamond-open", "diamond"], "size": 11, "color": VERMILION}
+    marks["line"] = {"width": 2, "color": VERMILION}
     return [
         _scatter(100 * points[:, 1:], mode="lines", line={"color": VERMILION, "width": 2}, hovertext=hover),
         _scatter(100 * ends, mode="markers", marker=marks),
+        _name(trial, "control", "bottom left"),
     ]
 
 
@@ -151,19 +147,18 @@ def _hover(label: str, tau: float, xy: Sequence[float] | NDArray) -> str:
 
 def by_frequency(run: Run) -> Figure | None:
     """Accuracy of every class against its training images, best trial and control; None if neither was measured."""
-    best, control = run.best("fitted_balanced"), run.control
-    drawn = {"best": best, "control": control} if best is not control else {"control": control}
-    lines = {kind: trial for kind, trial in drawn.items() if trial and trial.per_class is not None}
+    best, control = run.chosen.get("balanced"), run.chosen.get("control")
+    drawn = {"best": best if best is not control else None, "control": control}
+    lines = {kind: t.per_class for kind, t in drawn.items() if t is not None and t.per_class is not None}
     if not lines:
         return None
-    styles = {"best": (BLUE, "circle"), "control": (VERMILION, "diamond")}
+    names = {kind: f"{kind} {trial.id}" for kind, trial in drawn.items() if trial}
     figure = go.Figure()
-    for kind, trial in reversed(lines.items()):
-        figure.add_traces(_classes(run, trial.per_class, *styles[kind]))
+    for kind in reversed(lines):
+        figure.add_traces(_classes(run, lines[kind], *CLASS_MARKS[kind]))
     figure.update_xaxes(title="training images of the class (log scale)", type="log", **_log_ticks(run.counts.max()))
     figure.update_yaxes(title="validation accuracy (%)", range=[-2, 108], tickvals=[0, 20, 40, 60, 80, 100])
     _mark_groups(figure, run)
-    names = {"best": f"best balanced trial {best.label if best else ''}", "control": "control arm"}
     return Figure(
         name="classes",
         html=_html(figure, "classes"),
@@ -208,15 +203,16 @@ def _log_ticks(largest: int) -> dict[str, Any]:
     return {"tickvals": values, "ticktext": [f"{value:,}".replace(",", "\u2009") for value in values]}
 
 
-def _class_table(run: Run, lines: dict[str, Trial]) -> Table:
+def _class_table(run: Run, lines: dict[str, NDArray]) -> Table:
     group = {int(c): name for name, members in run.groups.items() for c in members}
-    both = [trial.per_class for trial in lines.values()]
-    rows = []
-    for c, name in enumerate(run.classes):
-        cells = [text(name), text(group[c]), number(int(run.counts[c]), "d"), *(percent(values[c]) for values in both)]
-        rows.append([*cells, *([percent(both[0][c] - both[1][c])] if len(both) == 2 else [])])
-    scores = [f"{kind} %" for kind in lines]
-    return Table(["class", "group", "images", *scores, *(["difference"] if len(both) == 2 else [])], rows)
+    columns = {f"{kind} %": values for kind, values in lines.items()}
+    if len(lines) == 2:
+        columns["difference"] = lines["best"] - lines["control"]
+    rows = [
+        [text(name), text(group[c]), number(int(run.counts[c]), "d"), *(percent(v[c]) for v in columns.values())]
+        for c, name in enumerate(run.classes)
+    ]
+    return Table(["class", "group", "images", *columns], rows)
 
 
 def _scatter(points: NDArray, **style: Any) -> go.Scatter:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from rayltr import choice, metrics, records
 
 Floats = NDArray[np.float64]
-VAL = "val."
-"""How the metrics of the validation split begin in the records."""
+VAL, TEST = "val.", "test.fitted_"
+"""How the metrics of the validation split, and the corrected ones of the test split, begin in the records."""
 
 Groups = Mapping[str, NDArray[np.int64]]
 
@@ -27,7 +27,8 @@ class Trial:
     val: the validation scores, names as in `metrics.SUMMARY`; recorded, or else taken from the predictions.
     curve: `metrics.sweep` at the fitted temperature.  per_class: validation accuracy [C] at the fitted tau and
     temperature.  error: one standard error of the fitted balanced accuracy, from the finite number of images.
-    test: scores on the test split at the tau and temperature fitted on validation.  problem: why one is missing.
+    test: scores on the test split at the tau and temperature fitted on validation, likewise.
+    problem: why something that should be there is missing.
     """
 
     row: dict[str, Any]
@@ -57,7 +58,7 @@ class Trial:
         return np.array([raw, (self.val["tau"], self.val["fitted_many"], self.val["fitted_few"])])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """A run folder: run.json, the training counts and names of its classes, their groups, and its trials."""
 
@@ -118,6 +119,7 @@ def _trial(folder: str | os.PathLike, row: dict[str, Any], groups: Groups) -> Tr
         params={name: value for name, value in params.items() if value is not None},
         recorded=recorded,
         val={name: recorded.get(f"{VAL}{name}", math.nan) for name in metrics.SUMMARY},
+        test={name.removeprefix(TEST): value for name, value in recorded.items() if name.startswith(TEST)},
     )
     for read in (_validation, _test):
         try:
@@ -147,8 +149,8 @@ def _validation(trial: Trial, folder: str | os.PathLike, groups: Groups) -> dict
 
 
 def _test(trial: Trial, folder: str | os.PathLike, groups: Groups) -> dict[str, Any]:
-    """The test scores, if test predictions are stored and validation gave a tau and a temperature."""
-    if not trial.row["predictions_test"] or math.isnan(trial.val["tau"]):
+    """The test scores, if they are not recorded, but test predictions are, and validation gave tau and temperature."""
+    if trial.test or not trial.row["predictions_test"] or math.isnan(trial.val["tau"]):
         return {}
     z, target, counts = _logits(folder, trial.row["predictions_test"], groups)
     return {"test": metrics.scores(z, target, counts, groups, trial.val["tau"], trial.val["temperature"])}

@@ -1,12 +1,12 @@
 """The report of a run: one HTML file that opens offline, on a phone, in the dark and on paper."""
 
+import math
 import os
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from plotly.offline import get_plotlyjs
 
@@ -17,6 +17,7 @@ from rayltr import records
 from rayltr.metrics import GROUPS, SUMMARY
 
 SCORES = (*GROUPS, "balanced")
+RAW = (*SCORES, "accuracy")
 
 
 def write(run_folder: str | os.PathLike, out: str | os.PathLike | None = None) -> Path | str:
@@ -59,62 +60,55 @@ def render(run: Run) -> str:
 
 def lede(run: Run) -> str:
     """The outcome in two sentences."""
-    best, control = run.best("fitted_balanced"), run.control
-    count = f"{len(run.finished)} of {_plural(len(run.trials), 'trial')} finished."
+    best, control = run.chosen.get("balanced"), run.chosen.get("control")
+    count = f"{len(run.finished)} of {len(run.trials)} trials finished."
     if best is None:
         return f"{count} None of them has validation scores, so there is nothing to compare yet."
-    reached = f"{count} The best of them, {best.label}, predicts {_points(best)} % of each class right on average"
-    if control is None or not np.isfinite(control.val["fitted_balanced"]):
+    score = best.val["fitted_balanced"]
+    reached = f"{count} The best, {best.id}, predicts {percent(score).text} % of each class right on average"
+    if control is None:
         return f"{reached} (validation)."
     if best is control:
-        return f"{reached} (validation). It is the control arm: no trick beat plain cross-entropy."
-    gain = 100 * (best.val["fitted_balanced"] - control.val["fitted_balanced"])
+        return f"{reached} (validation). It is of the control arm: no trick beat plain cross-entropy."
+    gain = 100 * (score - control.val["fitted_balanced"])
     return f"{reached}, {gain:.1f} points more than plain cross-entropy after the same correction (validation)."
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
     """What was run, on what: names and values."""
-    data, asked = run.info["data"], run.info.get("arguments") or {}
-    images = ", ".join(f"{_thousands(n)} {split}" for split, n in (data.get("images") or {}).items())
+    data = run.info["data"]
     states = [trial.row["state"] for trial in run.trials]
     ended = ", ".join(f"{states.count(state)} {state}" for state in records.STATES if state in states)
-    epochs = run.info.get("epochs_trained")
+    trained, asked = (sum(t.row[f"epochs_{kind}"] or 0 for t in run.trials) for kind in ("trained", "asked"))
     found = {
-        "Data": data.get("source") or asked.get("data"),
+        "Data": _named(data.get("source"), "root", "fn"),
         "Classes": _thousands(len(run.counts)),
-        "Images": images,
+        "Images": ", ".join(f"{_thousands(n)} {split}" for split, n in (data.get("images") or {}).items()),
         "Imbalance": f"{_thousands(run.counts.max())} : {_thousands(run.counts.min())} images per class",
         "Trials": f"{len(run.trials)} ({ended})",
-        "Epochs trained": None if epochs is None else _thousands(epochs),
-        "Validation protocol": data.get("protocol"),
+        "Epochs": f"{_thousands(trained)} trained of {_thousands(asked)} asked",
+        "Validation protocol": _named(data.get("protocol"), "validation"),
         "Test split opened": _times(len(run.info.get("openings") or [])),
     }
-    return [(name, str(value)) for name, value in found.items() if value]
+    return [(name, value) for name, value in found.items() if value]
 
 
 def warnings(run: Run) -> list[str]:
     """What a reader must know before believing the numbers."""
     found = [str(warning) for warning in run.info["data"].get("warnings") or []]
-    if run.control is None:
+    if "control" not in run.chosen:
         found.append("No control arm finished: without plain cross-entropy, nothing here shows what the tricks add.")
     if empty := [name for name in GROUPS if not len(run.groups[name])]:
         found.append(f"No class belongs to: {', '.join(empty)}. Scores of such a group are left empty.")
     return found + [trial.problem for trial in run.trials if trial.problem]
 
 
-def choices(run: Run) -> dict[str, Trial]:
-    """The rows of the table of best configurations."""
-    best = {f"best {score}": run.best(f"fitted_{score}") for score in ("balanced", "many", "few")}
-    return {name: trial for name, trial in {**best, "control": run.control}.items() if trial}
-
-
 def best_table(run: Run) -> Table:
     """Validation scores at the fitted tau beside test scores, where the test split was opened."""
-    chosen = choices(run)
-    tested = any(trial.test for trial in chosen.values())
+    tested = any(trial.test for trial in run.chosen.values())
     rows = []
-    for name, trial in chosen.items():
-        cells = [text(name), text(trial.label), number(trial.val["tau"], ".1f")]
+    for name, trial in run.chosen.items():
+        cells = [text(_role(name)), text(trial.id), number(trial.val["tau"], ".1f")]
         cells += [percent(trial.val[f"fitted_{score}"]) for score in SCORES]
         rows.append([*cells, *(percent(trial.test.get(score)) for score in SCORES if tested)])
     return Table(["choice", "trial", "τ", *SCORES, *(SCORES if tested else ())], rows)
@@ -129,21 +123,20 @@ def spans(table: Table) -> list[tuple[str, int]]:
 def exports(run: Run) -> list[dict[str, Any]]:
     """Every chosen trial once: what it is best at, its parameters, and the command that exports it."""
     roles: dict[Trial, list[str]] = {}
-    for name, trial in choices(run).items():
-        roles.setdefault(trial, []).append(name)
+    for name, trial in run.chosen.items():
+        roles.setdefault(trial, []).append(_role(name))
     found = []
     for trial, names in roles.items():
         params = [(name, anything(value).text) for name, value in trial.params.items()]
-        run_and_trial = f"{shlex.quote(run.folder)} --trial {trial.row['trial']}"
-        command = f"python -m rayltr.export {run_and_trial} --out export-{trial.label.lstrip('#')}"
-        found.append({"roles": ", ".join(names), "label": trial.label, "params": params, "command": command})
+        command = f"python -m rayltr.export {shlex.quote(run.folder)} --trial {trial.id} --out export-{trial.id}"
+        found.append({"roles": ", ".join(names), "trial": trial.id, "params": params, "command": command})
     return found
 
 
 def noise(run: Run) -> str:
     """How far a validation score can be trusted."""
-    best = run.best("fitted_balanced")
-    if best is None or not np.isfinite(best.error):
+    best = run.chosen.get("balanced")
+    if best is None or math.isnan(best.error):
         return ""
     return (
         f"One standard error of the best balanced score is {100 * best.error:.1f} points, from the number of "
@@ -152,37 +145,32 @@ def noise(run: Run) -> str:
 
 
 def trials_table(run: Run) -> Table:
-    """All trials: scores, parameters, and the recorded metrics that are not among the scores."""
+    """All trials: scores, parameters, cost, and recorded metrics that are not shown elsewhere (of single heads)."""
     params = list(dict.fromkeys(name for trial in run.trials for name in trial.params))
-    extra = [name for name in dict.fromkeys(n for trial in run.trials for n in trial.recorded) if name not in SUMMARY]
-    fitted = [f"fitted_{name}" for name in SCORES]
-    rows = []
-    for trial in run.trials:
-        row, val = trial.row, trial.val
-        rows.append(
-            [
-                number(row["number"], "d"),
-                text(row["state"]),
-                *(percent(val[name]) for name in fitted),
-                *(number(val["fitted_nll"], ".3f"), number(val["tau"], ".1f"), number(val["temperature"], ".3g")),
-                *(percent(val[name]) for name in SCORES),
-                *(percent(val["worst_decile"]), percent(val["accuracy"]), percent(val["ece"])),
-                *(number(val["balanced_nll"], ".3f"), number(val["nll"], ".3f")),
-                *(anything(trial.params[name]) if name in trial.params else text(None) for name in params),
-                *(number(trial.recorded.get(name)) for name in extra),
-                *(number(row["objective"]), _epochs(row), duration(row["wall_s"]), text(row["trial"])),
-            ]
-        )
-    columns = ["trial", "state", *SCORES, "NLL", "τ", "T"]
-    columns += [*(f"raw {name}" for name in SCORES), "raw worst tenth", "raw accuracy", "raw ECE"]
-    columns += ["raw balanced NLL", "raw NLL", *params, *extra, "objective", "epochs", "time", "id"]
-    return Table(columns, rows)
+    shown = {f"val.{name}" for name in SUMMARY} | {f"test.{prefix}{name}" for name in RAW for prefix in ("", "fitted_")}
+    extra = [name for name in dict.fromkeys(n for trial in run.trials for n in trial.recorded) if name not in shown]
+    columns = ["trial", "state", *SCORES, "NLL", "τ", "T", *(f"raw {name}" for name in RAW)]
+    columns += ["raw worst tenth", "raw ECE", "raw balanced NLL", "raw NLL", *params, "epochs", "time", "objective"]
+    return Table([*columns, *extra], [_trial_cells(trial, params, extra) for trial in run.trials])
+
+
+def _trial_cells(trial: Trial, params: list[str], extra: list[str]) -> list[Cell]:
+    row, val = trial.row, trial.val
+    return [
+        *(text(trial.id), text(row["state"]), *(percent(val[f"fitted_{name}"]) for name in SCORES)),
+        *(number(val["fitted_nll"], ".3f"), number(val["tau"], ".1f"), number(val["temperature"], ".3g")),
+        *(percent(val[name]) for name in (*RAW, "worst_decile", "ece")),
+        *(number(val["balanced_nll"], ".3f"), number(val["nll"], ".3f")),
+        *(anything(trial.params.get(name)) for name in params),
+        *(_epochs(row), duration(row["wall_s"]), number(row["objective"])),
+        *(number(trial.recorded.get(name)) for name in extra),
+    ]
 
 
 def failed_table(run: Run) -> Table:
     """Trials that failed, with the last line of their error."""
     failed = [trial for trial in run.trials if trial.row["state"] == "failed"]
-    return Table(["trial", "error"], [[text(trial.label), text(_last_line(trial.row["error"]))] for trial in failed])
+    return Table(["trial", "error"], [[text(trial.id), text(_last_line(trial.row["error"]))] for trial in failed])
 
 
 def group_sizes(run: Run) -> str:
@@ -212,12 +200,15 @@ def _last_line(error: str | None) -> str | None:
     return next((line.strip() for line in lines if line.strip()), None)
 
 
-def _points(trial: Trial) -> str:
-    return percent(trial.val["fitted_balanced"]).text
+def _role(choice: str) -> str:
+    return choice if choice == "control" else f"best {choice}"
 
 
-def _plural(n: int, noun: str) -> str:
-    return f"{n} {noun}{'' if n == 1 else 's'}"
+def _named(value: Any, *keys: str) -> str:
+    """A value that is written as a name, or as a mapping with its name under one of the keys."""
+    if isinstance(value, dict):
+        value = next((value[key] for key in keys if key in value), None)
+    return "" if value is None else str(value)
 
 
 def _times(n: int) -> str:

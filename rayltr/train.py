@@ -60,10 +60,10 @@ def train(
     saved = time.monotonic()
     for record in run:
         history.append(record)
-        on_epoch(record)
         if agreed(time.monotonic() - saved > resources.snapshot_s) and record["epoch"] < end(stage):
             on_snapshot(snapshot(module, optimiser, record["epoch"], history))
             saved = time.monotonic()
+        on_epoch(record)
     logits = {split: predict(module, getattr(data, split), device, stage.precision) for split in splits}
     return snapshot(module, optimiser, end(stage), history), logits
 

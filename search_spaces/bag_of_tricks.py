@@ -6,6 +6,7 @@ Lengths are nominal epochs; `--epochs` scales a whole chain.
 """
 
 from rayltr.spec import Fn, Stage, Trial, fn
+from search_spaces.control import choose_schedule
 from search_spaces.control import control as control
 
 EPOCHS = 200
@@ -85,14 +86,6 @@ def first_stage(trial: Trial) -> Stage:
         optimiser=fn("sgd", lr=lr, momentum=0.9, nesterov=True, weight_decay=decay),
         schedule=choose_schedule(trial),
     )
-
-
-def choose_schedule(trial: Trial) -> Fn:
-    name = trial.suggest_categorical("schedule", ["multistep", "cosine"])
-    if name == "cosine":
-        return fn("cosine", warmup=0.025)
-    # the published scheduler is stepped before each epoch, hence one epoch earlier than 80 % and 90 % of 200
-    return fn("multistep", warmup=0.025, warmup_from=1 / 3, milestones=(0.795, 0.895), gamma=0.01)
 
 
 def choose_mixing(trial: Trial) -> Fn | None:

@@ -13,8 +13,8 @@ from rayltr.data.pool import Data, Pool, Split, content_digest, split_of
 NEEDS = {
     "official": "a source with its own val split",
     "surplus": "a ratio, which leaves images over",
-    "cv": "nothing",
-    "holdout": "nothing",
+    "cv": "training images",
+    "holdout": "training images",
 }
 """The validation protocols in the order of preference, and what each needs."""
 SAMPLE, CHUNK = 10_000, 256
@@ -61,27 +61,36 @@ def subset(
 
     Raises ValueError for an unknown or impossible protocol, an impossible ratio and a class without training images.
     """
-    protocol = _protocol(pool, ratio, validation, paper_split, fold)
+    settings: dict[str, Any] = {
+        "validation": _protocol(pool, ratio, validation, paper_split, fold),
+        "imbalance_seed": imbalance_seed,
+        "split_seed": split_seed,
+        "fold": fold,
+        "paper_split": paper_split,
+    }
+    settings |= {} if "test" in pool.parts else {"test_fraction": test_fraction}
+    settings |= {} if ratio is None else {"ratio": ratio, "profile": profile}
+    return _data(pool, _cut(pool, settings), settings)
+
+
+def _cut(pool: Pool, settings: dict[str, Any]) -> Cut:
     whole = protocols.by_class(pool.parts["train"], len(pool.classes), pool.in_order)
     if empty := [name for name, rows in zip(pool.classes, whole, strict=True) if not len(rows)]:
         raise ValueError(f"no training image in class {_some(empty)}")
-    test = None
-    if "test" not in pool.parts:
-        whole, test = protocols.hold_out_test(whole, test_fraction, ratio is not None, split_seed)
-    drawn, left, smallest = whole, [rows[:0] for rows in whole], min(map(len, whole))
-    if ratio is not None:
-        drawn, left = protocols.draw(whole, long_tail_counts(smallest, len(whole), ratio, profile), imbalance_seed)
-    cut = Cut(drawn, drawn, test=test)
-    if protocol == "surplus":
+    test, seed = None, settings["split_seed"]
+    if "test_fraction" in settings:
+        whole, test = protocols.hold_out_test(whole, settings["test_fraction"], "ratio" in settings, seed)
+    drawn, left, smallest = whole, whole, min(map(len, whole))
+    if "ratio" in settings:
+        counts = long_tail_counts(smallest, len(whole), settings["ratio"], settings["profile"])
+        drawn, left = protocols.draw(whole, counts, settings["imbalance_seed"])
+    if settings["validation"] == "official":
+        return Cut(drawn, drawn, test=test)
+    if settings["validation"] == "surplus":
         wanted = protocols.surplus_size(len(whole), smallest)
-        cut = Cut(drawn, *protocols.surplus(drawn, left, wanted, paper_split, split_seed), test, wanted)
-    elif protocol != "official":
-        chosen = protocols.fold_of(fold) if protocol == "cv" else protocols.share
-        cut = Cut(drawn, *protocols.carve(drawn, chosen, split_seed), test)
-    settings = {"validation": protocol, "imbalance_seed": imbalance_seed, "split_seed": split_seed, "fold": fold}
-    settings |= {"paper_split": paper_split, "test": "official" if test is None else test_fraction}
-    settings |= {} if ratio is None else {"ratio": ratio, "profile": profile}
-    return _data(pool, cut, settings)
+        return Cut(drawn, *protocols.surplus(drawn, left, wanted, settings["paper_split"], seed), test, wanted)
+    chosen = protocols.fold_of(settings["fold"]) if settings["validation"] == "cv" else protocols.share
+    return Cut(drawn, *protocols.carve(drawn, chosen, seed), test)
 
 
 def _protocol(pool: Pool, ratio: float | None, validation: str | None, paper_split: bool, fold: int) -> str:

@@ -12,6 +12,9 @@ from rayltr import metrics, records
 LOSSES = {"cross_entropy": 0.0, "balanced_softmax": 1.0, "ldam": 0.5, "logit_adjusted": 0.8}
 """How much of the prior each loss takes out of the logits."""
 
+CONTROL, TESTED = (0, 4), (3, 4)
+"""The trials of the control arm, and those with test predictions."""
+
 
 def long_tail(classes: int = 100, largest: int = 500, ratio: float = 100.0) -> np.ndarray:
     """The published exponential profile: 500, 477, ... 5 images for 100 classes."""
@@ -32,18 +35,18 @@ def logits(counts: np.ndarray, each: int, skill: float, removed: float, seed: in
 
 
 def make_run(folder: Path, *, trials: int = 10, classes: int = 100, each: int = 20, failed: int = 1) -> Path:
-    """A run folder: the control arm first, then tuned trials, the last `failed` of them without result."""
+    """A run folder: trials 0 and 4 are of the control arm, the last `failed` have no result."""
     counts = long_tail(classes)
     names = [f"class {i}" for i in range(classes)]
     rng = np.random.default_rng(classes)
     rows = []
     for number in range(trials):
-        loss = "cross_entropy" if number == 0 else list(LOSSES)[number % len(LOSSES)]
+        loss = list(LOSSES)[number % len(LOSSES)]
         mixup = None if number % 3 == 0 else round(float(rng.uniform(0.1, 1.0)), 3)
         begun = datetime(2025, 3, 1, 9, tzinfo=UTC) + timedelta(minutes=7 * number)
         row = {
             "study": "bag_of_tricks",
-            "trial": f"{number:04x}beef",
+            "trial": f"{number:04d}",
             "number": number,
             "state": "complete",
             "address": f"{number:064x}@200",
@@ -54,7 +57,7 @@ def make_run(folder: Path, *, trials: int = 10, classes: int = 100, each: int = 
             "wall_s": float(rng.uniform(300, 420)),
             "started": begun,
             "ended": begun + timedelta(minutes=6),
-            "p.arm": "control" if number == 0 else "search",
+            "p.arm": "control" if number in CONTROL else "study",
             "p.loss": loss,
             "p.mixup.alpha": mixup,
             "p.lr": [0.05, 0.1][number % 2],
@@ -65,9 +68,9 @@ def make_run(folder: Path, *, trials: int = 10, classes: int = 100, each: int = 
             rows.append({**row, "state": "failed", "epochs_trained": 3, "error": error})
             continue
         skill = 2.7 + 0.12 * (mixup is not None) + 0.1 * (number % 4 == 3) + float(rng.normal(0, 0.06))
-        for split, size in (("val", each), ("test", 5 * each))[: 2 if number in (0, 5) else 1]:
+        for split, size in (("val", each), ("test", 5 * each))[: 2 if number in TESTED else 1]:
             z, target = logits(counts, size, skill, LOSSES[loss], seed=1000 * number + size)
-            row[f"predictions_{split}"] = f"store/{number:04x}/{split}.predictions"
+            row[f"predictions_{split}"] = f"store/{number:04d}/{split}.predictions"
             records.write_predictions(
                 folder / row[f"predictions_{split}"],
                 row=np.arange(len(target)),
@@ -80,7 +83,7 @@ def make_run(folder: Path, *, trials: int = 10, classes: int = 100, each: int = 
             )
             if split == "val":
                 found = metrics.summary(z, target, counts, metrics.groups(counts)[0])
-                row |= {f"m.{name}": value for name, value in found.items()} | {"objective": found["fitted_nll"]}
+                row |= {f"m.val.{name}": value for name, value in found.items()} | {"objective": found["fitted_nll"]}
         rows.append(row)
     records.write_trials(folder, rows)
     records.write_run(folder, run_info(counts, names, each))
@@ -96,15 +99,14 @@ def run_info(counts: np.ndarray, names: list[str], each: int) -> dict:
             "classes": names,
             "images": {"train": int(counts.sum()), "val": each * len(counts), "test": 5 * each * len(counts)},
             "warnings": ["class 0 gave 20 of its training images to validation"],
-            "protocol": "surplus",
+            "source": {"fn": "cifar100", "ratio": 100.0},
+            "protocol": {"validation": "surplus", "split_seed": 0, "fold": 0},
             "digest": "5f2d" * 16,
         },
         "arguments": {"study": "bag_of_tricks", "data": "cifar100", "trials": 10, "epochs": 200},
         "versions": {"rayltr": "0.1.0", "ray": "2.60.0", "optuna": "5.0.0", "python": "3.11.9"},
-        "seeds": [0],
-        "openings": [{"when": "2025-03-01T12:00:00+00:00", "trials": ["0000beef", "0005beef"]}],
-        "epochs_asked": 200,
-        "epochs_trained": 1803,
+        "seeds": {"seed": 0, "imbalance_seed": 0},
+        "openings": [{"when": "2025-03-01T12:00:00+00:00", "trials": [f"{number:04d}" for number in TESTED]}],
         "command": "python -m rayltr.search bag_of_tricks --data cifar100 --ratio 100 --trials 10 --epochs 200",
     }
 

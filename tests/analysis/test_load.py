@@ -8,35 +8,51 @@ from analysis.load import load
 from rayltr import metrics, records
 
 
-def test_a_run_is_scored_from_its_predictions(run: Path):
+def forget(folder: Path, number: int, *names: str, **changes: object) -> None:
+    """Drop the metrics that begin with one of the names from a trial's records, and change other columns."""
+    row = records.read_trials(folder).to_pylist()[number]
+    kept = {name: None if name.startswith(names) else value for name, value in row.items()}
+    records.append_trial(folder, {**kept, **changes})
+
+
+def test_every_finished_trial_has_scores_and_a_curve(run: Path):
     loaded = load(run)
     assert [trial.row["number"] for trial in loaded.trials] == list(range(10))
-    assert len(loaded.finished) == 9 and loaded.control is loaded.trials[0]
+    assert len(loaded.finished) == 9
     for trial in loaded.finished:
-        assert trial.val == pytest.approx({name: trial.recorded[name] for name in metrics.SUMMARY}, abs=0.01)
+        assert trial.val == {name: trial.recorded[f"val.{name}"] for name in metrics.SUMMARY}
         assert trial.per_class is not None and trial.curve is not None
-        assert np.mean(trial.per_class) == pytest.approx(trial.val["fitted_balanced"])
-    assert [bool(trial.test) for trial in loaded.trials] == [number in (0, 5) for number in range(10)]
+        assert np.mean(trial.per_class) == pytest.approx(trial.val["fitted_balanced"], abs=0.002)
+    assert [bool(trial.test) for trial in loaded.trials] == [number in (3, 4) for number in range(10)]
 
 
-def test_the_best_trial_is_a_finished_one_with_a_score(run: Path):
+def test_predictions_speak_where_the_records_are_silent(run: Path):
+    told = load(run).trials[3].val
+    forget(run, 3, "m.")
+    assert load(run).trials[3].val == pytest.approx(told, abs=0.005)
+
+
+def test_the_chosen_trials_are_finished_ones_with_a_score(run: Path):
     rows = records.read_trials(run).to_pylist()
     finished = [row for row in rows if row["state"] == "complete"]
-    winner = max(finished, key=lambda row: row["m.fitted_balanced"])
-    best = load(run).best("fitted_balanced")
-    assert best is not None and best.row["trial"] == winner["trial"]
-    records.append_trial(run, {**winner, "state": "pruned"})
-    best = load(run).best("fitted_balanced")
-    assert best is not None and best.row["trial"] != winner["trial"]
+    for name in ("balanced", "many", "few"):
+        winner = max(finished, key=lambda row: row[f"m.val.fitted_{name}"])
+        assert load(run).chosen[name].id == winner["trial"]
+    control = max((rows[0], rows[4]), key=lambda row: row["m.val.fitted_balanced"])
+    assert load(run).chosen["control"].id == control["trial"]
+    best = load(run).chosen["balanced"].id
+    forget(run, int(best), state="pruned")
+    assert load(run).chosen["balanced"].id != best
 
 
 def test_test_scores_use_what_validation_fitted(run: Path):
-    loaded = load(run)
-    trial = loaded.trials[5]
+    trial = load(run).trials[3]
     stored = records.read_predictions(run / trial.row["predictions_test"])
     z = stored.logits["main"] / trial.val["temperature"]
     pred = metrics.adjust(z, stored.counts, trial.val["tau"]).argmax(1)
     assert trial.test["balanced"] == pytest.approx(np.mean(metrics.class_accuracy(pred, stored.target, 100)))
+    forget(run, 3, **{"m.test.fitted_balanced": 0.25})
+    assert load(run).trials[3].test == {"balanced": 0.25}
 
 
 def test_the_standard_error_is_that_of_repeated_validation(run: Path):
@@ -48,8 +64,7 @@ def test_the_standard_error_is_that_of_repeated_validation(run: Path):
 
 
 def test_a_trial_without_predictions_keeps_its_recorded_metrics(run: Path):
-    rows = records.read_trials(run).to_pylist()
-    records.append_trial(run, {**rows[2], "predictions_val": None, "m.fitted_few": 0.123})
+    forget(run, 2, predictions_val=None, **{"m.val.fitted_few": 0.123})
     trial = load(run).trials[2]
     assert trial.curve is None and trial.val["fitted_few"] == 0.123
     np.testing.assert_allclose(trial.points()[1], [trial.val["tau"], trial.val["fitted_many"], 0.123])
@@ -57,12 +72,12 @@ def test_a_trial_without_predictions_keeps_its_recorded_metrics(run: Path):
 
 def test_damaged_predictions_are_a_problem_of_their_trial_only(run: Path):
     rows = records.read_trials(run).to_pylist()
-    (run / rows[3]["predictions_val"]).write_bytes(b"PAR1")
-    (run / rows[5]["predictions_test"]).unlink()
+    (run / rows[2]["predictions_val"]).write_bytes(b"PAR1")
+    (run / rows[3]["predictions_test"]).unlink()
     trials = load(run).trials
-    assert trials[3].problem.startswith("#3: cannot read") and trials[3].curve is None
-    assert trials[5].problem.startswith("#5: cannot read") and trials[5].curve is not None and not trials[5].test
-    assert not trials[4].problem
+    assert trials[2].problem.startswith("trial 0002: cannot read") and trials[2].curve is None
+    assert trials[3].problem.startswith("trial 0003: cannot read") and trials[3].curve is not None
+    assert not trials[3].test and not trials[4].problem
 
 
 def test_predictions_of_other_classes_are_refused(make: Callable[..., Path], tmp_path: Path):

@@ -78,32 +78,33 @@ def test_the_sections_come_in_order(run: Path):
 
 def test_the_head_of_the_page_says_what_was_run(run: Path):
     text = page(run).text.replace("\u202f", " ")
-    best = load(run).best("fitted_balanced")
-    assert best is not None
+    chosen = load(run).chosen
+    best, control = (chosen[name].val["fitted_balanced"] for name in ("balanced", "control"))
     for fact in ("cifar100", "10 847 train, 2 000 val, 10 000 test", "500 : 5 images", "surplus", "once"):
         assert fact in text
     assert "9 of 10 trials finished" in text and "10 (9 complete, 1 failed)" in text
-    assert f"{100 * best.val['fitted_balanced']:.1f} %" in text
+    assert "1 803 trained of 2 000 asked" in text
+    assert f"{100 * best:.1f} % of each class" in text and f"{100 * (best - control):.1f} points more" in text
     assert "class 0 gave 20 of its training images to validation" in text
     assert "--ratio 100 --trials 10" in text
 
 
 def test_the_best_configurations_have_test_scores_and_an_export(run: Path):
-    found, loaded = page(run), load(run)
+    found, chosen = page(run), load(run).chosen
     rows = {row[0]: row[1:] for row in found.tables["Best configurations"]}
-    control = loaded.trials[0]
+    control = chosen["control"]
     expected = [control.val[f"fitted_{name}"] for name in report.SCORES] + [
         control.test[name] for name in report.SCORES
     ]
-    assert rows["control"] == ["#0", f"{control.val['tau']:.1f}", *(f"{100 * value:.1f}" for value in expected)]
+    assert rows["control"] == ["0004", f"{control.val['tau']:.1f}", *(f"{100 * value:.1f}" for value in expected)]
     for name in ("balanced", "many", "few"):
-        best = loaded.best(f"fitted_{name}")
-        assert best is not None and rows[f"best {name}"][0] == best.label
-        assert f"python -m rayltr.export {run} --trial {best.row['trial']} --out export-" in found.text
+        trial = chosen[name].id
+        assert rows[f"best {name}"][0] == trial
+        assert f"python -m rayltr.export {run} --trial {trial} --out export-{trial}" in found.text
 
 
 def test_without_test_predictions_there_are_no_test_columns(run: Path):
-    for number in (0, 5):
+    for number in (3, 4):
         replace(run, number, predictions_test=None)
     header = page(run).tables["Best configurations"][1]
     assert header == ["choice", "trial", "τ", "many", "medium", "few", "balanced"]
@@ -111,21 +112,21 @@ def test_without_test_predictions_there_are_no_test_columns(run: Path):
 
 def test_every_trial_is_in_the_table(run: Path):
     header, *rows = page(run).tables["All trials"]
-    assert [row[0] for row in rows] == [str(number) for number in range(10)]
-    assert [row[header.index("id")] for row in rows] == [f"{number:04x}beef" for number in range(10)]
+    assert [row[0] for row in rows] == [f"{number:04d}" for number in range(10)]
     assert {"loss", "lr", "mixup.alpha", "deferred", "NLL", "raw few"} <= set(header)
     assert rows[0][header.index("mixup.alpha")] == "–" and rows[0][header.index("loss")] == "cross_entropy"
     assert rows[9][header.index("epochs")] == "3 of 200"
 
 
 def test_recorded_metrics_of_other_names_are_shown(run: Path):
-    replace(run, 1, **{"m.latency_ms": 4.25})
+    replace(run, 1, **{"m.val.soft.few": 0.25, "m.test.fitted_few": 0.5})
     header, *rows = page(run).tables["All trials"]
-    assert [row[header.index("latency_ms")] for row in rows[:2]] == ["–", "4.25"]
+    assert [row[header.index("val.soft.few")] for row in rows[:2]] == ["–", "0.25"]
+    assert not [name for name in header if name.startswith("test.") or name == "val.few"]
 
 
 def test_a_failed_trial_shows_the_last_line_of_its_error(run: Path):
-    assert page(run).tables["Failed trials"][1:] == [["#9", "Diverged: the loss is nan at epoch 3 <lr 0.1>"]]
+    assert page(run).tables["Failed trials"][1:] == [["0009", "Diverged: the loss is nan at epoch 3 <lr 0.1>"]]
 
 
 def test_the_figures_are_described_and_have_their_numbers(run: Path):
@@ -136,10 +137,10 @@ def test_the_figures_are_described_and_have_their_numbers(run: Path):
     assert [("div", "aria-label", name) in found.attributes for name in captions] == [True, True]
     kinds = [row[0] for row in front[1:]]
     assert kinds.count("fitted") == kinds.count("raw") == 9 and kinds.count("control's τ curve") == 31
-    best, control = loaded.best("fitted_balanced"), loaded.control
-    assert best is not None and control is not None and best.per_class is not None and control.per_class is not None
+    best, control = (loaded.chosen[name].per_class for name in ("balanced", "control"))
+    assert best is not None and control is not None
     assert classes[0] == ["class", "group", "images", "best %", "control %", "difference"]
-    assert classes[100][:5] == ["class 99", "few", "5", *(f"{100 * t.per_class[99]:.1f}" for t in (best, control))]
+    assert classes[100][:5] == ["class 99", "few", "5", *(f"{100 * values[99]:.1f}" for values in (best, control))]
 
 
 def test_the_front_of_the_table_is_not_dominated(run: Path):
@@ -193,14 +194,17 @@ def test_two_classes_leave_medium_empty_and_say_so(make: Callable[..., Path]):
 
 
 def test_nan_metrics_are_gaps_and_never_the_best(run: Path):
-    path = records.read_trials(run).to_pylist()[1]["predictions_val"]
-    stored = records.read_predictions(run / path)
+    row = records.read_trials(run).to_pylist()[1]
+    records.append_trial(run, {name: None if name.startswith("m.") else value for name, value in row.items()})
+    stored = records.read_predictions(run / row["predictions_val"])
     spoilt = {"main": np.full_like(stored.logits["main"], np.nan)}
     about = {"counts": stored.counts, "classes": stored.classes, "split": "val", "digest": ""}
-    records.write_predictions(run / path, row=stored.row, target=stored.target, logits=spoilt, **about)
+    records.write_predictions(
+        run / row["predictions_val"], row=stored.row, target=stored.target, logits=spoilt, **about
+    )
     found = page(run)
     assert found.tables["All trials"][2][2:9] == ["–"] * 7
-    assert "#1" not in [row[1] for row in found.tables["Best configurations"][2:]]
+    assert "0001" not in [row[1] for row in found.tables["Best configurations"][2:]]
 
 
 def test_a_run_without_predictions_still_shows_its_scores(run: Path):
@@ -217,7 +221,8 @@ def test_a_run_without_predictions_still_shows_its_scores(run: Path):
 
 
 def test_without_a_control_arm_the_page_warns(run: Path):
-    replace(run, 0, **{"p.arm": "search"})
+    for number in (0, 4):
+        replace(run, number, **{"p.arm": "study"})
     assert "No control arm finished" in page(run).text
 
 

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
-from image_files import noise, png, write_folder
 from PIL import Image
 
 from rayltr.data import cache, images, load
 from rayltr.data.folders import folder
 from rayltr.spec import fn
+from tests.data.image_files import noise, png, write_folder
 
 TARGET = np.repeat([0, 1, 2], 6)
 

@@ -2,10 +2,10 @@ import io
 
 import numpy as np
 import pytest
-from image_files import noise, png
 from PIL import Image
 
 from rayltr.data.images import THREADED, Files, Flat, Lazy, decode, decode_all, digests, shape_of
+from tests.data.image_files import noise, png
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **keywords) -> bytes:

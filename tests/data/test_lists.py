@@ -2,11 +2,11 @@ import json
 
 import numpy as np
 import pytest
-from image_files import noise, png
 
 from rayltr.data import load
 from rayltr.data.lists import list_files
 from rayltr.spec import fn
+from tests.data.image_files import noise, png
 
 IMAGES = noise((18, 3, 3, 3))
 TARGET = np.arange(18) % 3

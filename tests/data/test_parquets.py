@@ -4,11 +4,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from image_files import encoded, noise, png, write_folder, write_parquet
 
 from rayltr.data import images, load, long_tail_counts
 from rayltr.data.parquets import parquet
 from rayltr.spec import fn
+from tests.data.image_files import encoded, noise, png, write_folder, write_parquet
 
 NAMES = ["ant", "bee", "cat"]
 TRAIN, TEST = noise((30, 4, 4, 3), 0), noise((9, 4, 4, 3), 1)

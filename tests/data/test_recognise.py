@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
-from image_files import encoded, noise, png, write_folder, write_parquet
 
 from rayltr.data import load, recognise
 from rayltr.spec import fn
+from tests.data.image_files import encoded, noise, png, write_folder, write_parquet
 
 IMAGES, TARGET = noise((12, 3, 3, 3)), np.arange(12) % 2
 

@@ -5,11 +5,11 @@ import sys
 
 import numpy as np
 import pytest
-from image_files import noise
 
 from rayltr.data import SOURCES, load, long_tail_counts
 from rayltr.data.sources import cifar10, cifar100, digits, synthetic
 from rayltr.spec import fn
+from tests.data.image_files import noise
 
 
 def everything(split):

@@ -3,10 +3,10 @@ import json
 
 import numpy as np
 import pytest
-from image_files import part_of, pool_of
 
 from rayltr.data import long_tail_counts, subset
 from rayltr.data.pool import Part, Pool
+from tests.data.image_files import part_of, pool_of
 
 
 def per_class(split, classes):

@@ -1,0 +1,113 @@
+"""What every method keeps: a method is tested by being there."""
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from rayltr import build, catalogue
+from rayltr.interface import Batch, Facts, Resources
+from rayltr.parallel import synchronised
+from rayltr.spec import fn
+from rayltr.train import train
+from tests.conftest import tiny
+
+FACTS = Facts(("a", "b", "c"), np.array([30, 12, 5]), (0.5,) * 3, (0.25,) * 3, (8, 8))
+METHODS = sorted(catalogue.names("method"))
+CASES = {
+    name: {"method": fn(name), **changes}
+    for name, changes in [(name, {"weight": fn("inverse_frequency")}) for name in METHODS]
+} | {
+    "supervised, mean of images": {"method": fn("supervised", reduction="mean"), "loss": fn("focal")},
+    "supervised, mixed": {"method": fn("supervised"), "mixing": fn("mixup"), "weight": fn("effective_number")},
+    "supervised, ldam": {"method": fn("supervised"), "loss": fn("ldam"), "head": fn("cosine")},
+}
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def batch_of(stage, part=slice(None)):
+    """A fixed global batch of 8 images with as many views as the stage has, or a part of it."""
+    g = torch.Generator().manual_seed(0)
+    views = [torch.rand(8, 3, 8, 8, generator=g, dtype=torch.float64) for _ in stage.views]
+    target, share = torch.tensor([0, 0, 1, 0, 1, 2, 0, 1]), torch.rand(8, generator=g, dtype=torch.float64)
+    mixed = (target.roll(3)[part], share[part]) if stage.mixing else (None, None)
+    return Batch([view[part] for view in views], target[part], torch.arange(8)[part], *mixed)
+
+
+def step(case, wrap, part=slice(None)):
+    """Terms, gradients and statistics after one training pass."""
+    stage = catalogue.complete(tiny(**CASES[case]))
+    module = build.method(stage, FACTS).double().train()
+    model = wrap(module)
+    terms = model(batch_of(stage, part))
+    torch.stack([*terms.values()]).sum().backward()
+    grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    return {name: value.detach() for name, value in terms.items()}, grads, module.state_dict()
+
+
+def worker(number, folder):
+    torch.set_num_threads(1)
+    store = distributed.FileStore(f"{folder}/store", 2)
+    distributed.init_process_group("gloo", store=store, rank=number, world_size=2)
+    part = slice(0, 5) if number == 0 else slice(5, 8)
+    found = {case: step(case, lambda m: DistributedDataParallel(synchronised(m)), part) for case in CASES}
+    torch.save(found, f"{folder}/{number}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("workers")
+    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{number}.pt") for number in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_workers_give_the_loss_and_gradients_of_one(case, workers):
+    """At equal global batch, unequally shared: DDP averages over workers, so the mean of their terms is the term."""
+    terms, grads, state = step(case, lambda module: module)
+    for name, value in terms.items():
+        torch.testing.assert_close((workers[0][case][0][name] + workers[1][case][0][name]) / 2, value, **EXACT)
+    for found in workers:
+        assert found[case][1].keys() == grads.keys()
+        for name, grad in grads.items():
+            torch.testing.assert_close(found[case][1][name], grad, **EXACT)
+        for name, value in state.items():
+            torch.testing.assert_close(found[case][2][name], value, **EXACT)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_terms_are_finite_scalars_with_gradients(method):
+    terms, grads, _ = step(method, lambda module: module)
+    assert terms and all(value.ndim == 0 and value.isfinite() for value in terms.values())
+    assert grads and all(grad.isfinite().all() for grad in grads.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_prediction_gives_logits_for_every_head(method):
+    module = build.method(catalogue.complete(tiny(method=fn(method))), FACTS).eval()
+    heads = module.predict(torch.rand(5, 3, 8, 8))
+    assert heads and all(z.shape == (5, 3) for z in heads.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_trains_and_what_it_keeps_can_be_handed_over(method):
+    stage = tiny(method=fn(method), epochs=1)
+    one = Resources(device="cpu", threads=1)
+    state, _ = train(stage, resources=one)
+    assert set(state.kept) <= set(state.model)
+    train(stage.but(init=stage), {"init": state}, resources=one)
+
+
+def test_the_weighted_mean_is_that_of_torch():
+    stage = catalogue.complete(tiny(weight=fn("inverse_frequency")))
+    module, batch = build.method(stage, FACTS).double().train(), batch_of(stage)
+    logits = module.predict(batch.views[0])["main"]
+    expected = torch.nn.functional.cross_entropy(logits, batch.target, module.class_weight.double())
+    torch.testing.assert_close(module(batch)["loss"], expected)
+
+
+def test_an_unknown_reduction_is_refused():
+    with pytest.raises(ValueError, match="unknown reduction 'sum': known: weighted_mean, mean"):
+        build.method(catalogue.complete(tiny(method=fn("supervised", reduction="sum"))), FACTS)
