@@ -47,7 +47,7 @@ def head_tail(run: Run) -> Figure | None:
     others = [trial for trial in shown if trial is not control]
     figure = go.Figure([_curves(others), _edge(edge), *_dots(others), *(_control(control) if control else [])])
     if best and best is not control:
-        figure.add_trace(_name(best, f"best {best.id}", "top right"))
+        figure.add_trace(_name(best, "best", "top right"))
     figure.update_xaxes(title="accuracy on many-shot classes (%)")
     figure.update_yaxes(title="accuracy on few-shot classes (%)")
     base = [trial.points()[:, 1:] for trial in shown if trial.control]
@@ -156,7 +156,7 @@ def by_frequency(run: Run) -> Figure | None:
     figure = go.Figure()
     for kind in reversed(lines):
         figure.add_traces(_classes(run, lines[kind], *CLASS_MARKS[kind]))
-    figure.update_xaxes(title="training images of the class (log scale)", type="log", **_log_ticks(run.counts.max()))
+    figure.update_xaxes(title="training images of the class (log scale)", type="log", **_log_ticks(run.counts))
     figure.update_yaxes(title="validation accuracy (%)", range=[-2, 108], tickvals=[0, 20, 40, 60, 80, 100])
     _mark_groups(figure, run)
     return Figure(
@@ -176,7 +176,7 @@ def _classes(run: Run, per_class: NDArray, colour: str, symbol: str) -> list[go.
     n = np.maximum(run.counts, 1)
     hover = [f"{c}, {k} images: {100 * a:.1f} %" for c, k, a in zip(run.classes, run.counts, per_class, strict=True)]
     marks = {"symbol": symbol, "size": 6, "color": colour}
-    bins = np.array_split(np.argsort(n, kind="stable"), min(BINS, len(n)))
+    bins = np.array_split(np.argsort(n, kind="stable"), min(BINS, max(2, len(n) // 3)))
     measured = [part[~np.isnan(per_class[part])] for part in bins]
     means = np.array([(np.exp(np.log(n[part]).mean()), 100 * per_class[part].mean()) for part in measured if len(part)])
     points = np.stack([n, 100 * per_class], 1)
@@ -197,9 +197,11 @@ def _mark_groups(figure: go.Figure, run: Run) -> None:
         figure.add_vline(x=between, line={"color": "#8a8a8a", "width": 1, "dash": "dot"})
 
 
-def _log_ticks(largest: int) -> dict[str, Any]:
-    """Ticks at 1, 2, 5, 10, 20, ... up to the largest count."""
-    values = [step * 10**power for power in range(len(str(largest))) for step in (1, 2, 5)]
+def _log_ticks(counts: NDArray) -> dict[str, Any]:
+    """Ticks at 1, 2, 5, 10, 20, ... up to the largest count; plotly's own where the counts span too little for them."""
+    if counts.max() < 5 * counts.min():
+        return {}
+    values = [step * 10**power for power in range(len(str(counts.max()))) for step in (1, 2, 5)]
     return {"tickvals": values, "ticktext": [f"{value:,}".replace(",", "\u2009") for value in values]}
 
 

@@ -9,8 +9,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from ray import train
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchTrainer, get_device
 from ray.util.queue import Empty, Queue
 
 from rayltr import trial
@@ -20,6 +21,9 @@ POLL_S = 0.5
 
 def loop(config: dict[str, Any]) -> dict[str, Any] | None:
     """What every worker runs; the first one's result is the run's."""
+    device = get_device()
+    if device.type == "cuda":  # every worker sees all GPUs of its machine
+        torch.cuda.set_device(device)
     first = train.get_context().get_world_rank() == 0
     report = config["queue"].put if first else ignored
     found = trial.for_search(config["settings"], config["params"], report)

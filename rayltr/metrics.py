@@ -45,7 +45,7 @@ def groups(counts: ArrayLike, rule: str = "auto") -> tuple[dict[str, Indices], s
     n = np.asarray(counts)
     if rule not in ("auto", "shots", "quantile"):
         raise ValueError(f"unknown group rule {rule!r}: known: auto, shots, quantile")
-    member = np.where(n > 100, 0, np.where(n > 20, 1, 2))
+    member = np.where(n > 100, 0, np.where(n >= 20, 1, 2))
     if rule == "auto":
         rule = "shots" if len(np.unique(member)) == len(GROUPS) else "quantile"
     if rule == "quantile":

@@ -68,11 +68,14 @@ def decoded(items: Items, size: tuple[int, int], skip: bool, kept: list[int]) ->
     """uint8 [B,H,W,3], sized as in training; `kept` collects the positions of the images that can be read."""
     for start in range(0, len(items), CHUNK):
         rows = np.arange(start, min(start + CHUNK, len(items)))
-        images = decode_all(items.read(rows), size[0])
+        images = decode_all(items.read(rows), size[0] if size[0] == size[1] else None)
         readable = [(row, image) for row, image in zip(rows.tolist(), images, strict=True) if image is not None]
         if len(readable) < len(rows) and not skip:
             bad = next(row for row, image in zip(rows.tolist(), images, strict=True) if image is None)
             raise Refused(f"{items.name(bad)} cannot be read as an image; --skip-corrupt leaves such images out")
+        other = [items.name(row) for row, image in readable if image.shape[:2] != size]
+        if other:  # only sets whose images all have one small size are not square
+            raise Refused(f"{other[0]} is not {size[1]} x {size[0]} pixels, as the images of the training set")
         kept.extend(row for row, _ in readable)
         if readable:
             yield np.stack([image for _, image in readable])

@@ -116,6 +116,7 @@ def trained(run: Path, name: str, stage: Stage, params: dict[str, Any], options:
         "state": "complete",
         "address": found.address,
         "seed": stage.seed,
+        "classes": found.classes,
         "epochs_asked": found.asked,
         "epochs_trained": found.trained,
         "wall_s": found.wall_s,

@@ -29,6 +29,7 @@ class Result:
     """
 
     address: str
+    classes: int
     metrics: dict[str, float]
     asked: int
     trained: int
@@ -146,9 +147,16 @@ class Trial:
         began, asked = time.monotonic(), sum(own.epochs for own in chain(self.stage))
         path = self.predictions("val")
         found = read_predictions(path)
-        metrics = evaluate(found.logits, found.target, np.asarray(found.counts))
-        address = digest(self.names[self.stage])
-        return Result(address, metrics, asked, self.trained, time.monotonic() - began, path, self._rows())
+        return Result(
+            address=digest(self.names[self.stage]),
+            classes=len(found.counts),
+            metrics=evaluate(found.logits, found.target, np.asarray(found.counts)),
+            asked=asked,
+            trained=self.trained,
+            wall_s=time.monotonic() - began,
+            predictions=path,
+            epochs=self._rows(),
+        )
 
     def test(self) -> tuple[str, dict[str, float]]:
         """Opens the test split: the path of the predictions and their metrics, corrected as validation says."""

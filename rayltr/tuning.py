@@ -31,6 +31,10 @@ from rayltr.proposals import SAMPLERS, Space, StudySearch, asked_study, ended
 from rayltr.spec import chain, dump
 from rayltr.studies import Plan, find
 
+DRIVER = "trial_driver"
+"""The custom resource that trials of several workers run on, where the cluster has it (see cluster.yaml)."""
+OWN_CPU = 0.01
+
 
 class Shortage(ValueError):
     """More is asked for than the machines have."""
@@ -104,11 +108,12 @@ class Recorder(tune.Callback):
 
 def trial_row(settings: Settings, config: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
     params = {key: value for key, value in config.items() if key != "number"}
-    stage = settings.plan.stage(find(settings.plan.study), params)
+    study = find(settings.plan.study)
+    stage = settings.plan.stage(study, params)
     metrics = {f"m.val.{name}": value for name, value in result.get("metrics", {}).items()}
     errors = result.get("traceback") or result.get("error")
     return {
-        "study": settings.plan.study,
+        "study": study.name,
         "trial": f"{config['number']:04d}",
         "number": config["number"],
         "state": result["state"],
@@ -206,9 +211,12 @@ def connect(settings: Settings) -> None:
     }
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if settings.address:
-        ray.init(address=settings.address, **quiet)
+        try:
+            ray.init(address=settings.address, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise Shortage(f"no Ray cluster answers at {settings.address}: {error}") from error
     else:
-        ray.init(address="local", include_dashboard=settings.dashboard, **quiet)
+        ray.init(address="local", include_dashboard=settings.dashboard, resources={DRIVER: 1000}, **quiet)
     logging.getLogger("ray").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))  # Tune saves and returns on SIGINT
 
@@ -217,12 +225,13 @@ def fitted(settings: Settings) -> Settings:
     """The settings with as many trials at once as fit.  Raises `Shortage`, with the numbers, when none does."""
     have = ray.cluster_resources()
     gpus = settings.gpus if settings.gpus >= 0 else float(have.get("GPU", 0) > 0)
-    need = {"CPU": settings.cpus * settings.workers, "GPU": gpus * settings.workers}
+    own = OWN_CPU if settings.workers > 1 and DRIVER not in have else 0
+    need = {"CPU": settings.cpus * settings.workers + own, "GPU": gpus * settings.workers}
     for name, amount in need.items():
         if amount > have.get(name, 0):
             per = f"{settings.workers} workers x " if settings.workers > 1 else ""
             raise Shortage(
-                f"a trial needs {amount:g} {name} ({per}{amount / settings.workers:g}), "
+                f"a trial needs {amount:g} {name} ({per}{settings.cpus if name == 'CPU' else gpus:g}), "
                 f"but the cluster has {have.get(name, 0):g}"
             )
     fits = min(int(have[name] // amount) for name, amount in need.items() if amount)
@@ -233,7 +242,9 @@ def fitted(settings: Settings) -> Settings:
 
 def tuner(settings: Settings, searcher: StudySearch, left: int, recorder: Recorder) -> tune.Tuner:
     one = settings.workers == 1
-    need = {"CPU": settings.cpus, "GPU": settings.gpus} if one else {"CPU": 0.01}
+    need: Any = {"CPU": settings.cpus, "GPU": settings.gpus}
+    if not one:  # the trial itself only waits for its workers, and must not take a CPU that they need
+        need = tune.PlacementGroupFactory([{DRIVER: 1} if DRIVER in ray.cluster_resources() else {"CPU": OWN_CPU}])
     return tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, settings=settings), need),
         tune_config=tune.TuneConfig(

@@ -6,12 +6,12 @@ Lengths are nominal epochs; `--epochs` scales a whole chain.
 """
 
 from rayltr.spec import Fn, Stage, Trial, fn
-from search_spaces.control import choose_schedule
+from search_spaces.control import choose_schedule, choose_view
 from search_spaces.control import control as control
 
 EPOCHS = 200
 
-SGD = {"lr": 0.1, "weight_decay": 2e-4, "schedule": "multistep"}
+SGD = {"lr": 0.1, "weight_decay": 2e-4, "flip": 0.5, "schedule": "multistep"}
 PLAIN = {"arm": "study", **SGD, "mixing": "none", "loss": "cross_entropy", "weight": "none", "sampler": "instance"}
 PRIOR = {name: value for name, value in PLAIN.items() if name != "weight"}  # losses that correct the prior themselves
 DEFERRED = {"when": "deferred", "switch": 0.8}
@@ -82,6 +82,7 @@ def first_stage(trial: Trial) -> Stage:
     return Stage(
         source=fn("digits", ratio=20.0),
         epochs=EPOCHS,
+        views=(choose_view(trial),),
         mixing=choose_mixing(trial),
         optimiser=fn("sgd", lr=lr, momentum=0.9, nesterov=True, weight_decay=decay),
         schedule=choose_schedule(trial),

@@ -13,10 +13,15 @@ def control(trial: Trial) -> Stage:
     return Stage(
         source=fn("digits", ratio=20.0),
         epochs=200,
-        views=(fn("flip_crop"),),
+        views=(choose_view(trial),),
         optimiser=fn("sgd", lr=lr, momentum=0.9, nesterov=True, weight_decay=decay),
         schedule=choose_schedule(trial),
     )
+
+
+def choose_view(trial: Trial) -> Fn:
+    """Random crops, with mirror images or without: a digit or a sign is not its mirror image."""
+    return fn("flip_crop", flip=trial.suggest_categorical("flip", [0.5, 0.0]))
 
 
 def choose_schedule(trial: Trial) -> Fn:

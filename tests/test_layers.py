@@ -27,7 +27,6 @@ LAYERS = [
 
 INSIDE = {"rayltr.data", "analysis", "search_spaces"}
 ALLOWED = {
-    ("rayltr.objectives", "rayltr.catalogue"),
     ("rayltr.export", "rayltr.recipe"),
 }
 FILES = sorted(path for name in ("rayltr", "search_spaces", "analysis") for path in (ROOT / name).rglob("*.py"))
@@ -37,7 +36,7 @@ ONLY = {
     "plotly": {"analysis"},
     "torch": {"rayltr.interface", "rayltr.views", "rayltr.samplers", "rayltr.mixing", "rayltr.backbones",
               "rayltr.heads", "rayltr.losses", "rayltr.optim", "rayltr.parallel", "rayltr.methods", "rayltr.build",
-              "rayltr.train", "rayltr.store", "rayltr.shipping"},
+              "rayltr.train", "rayltr.store", "rayltr.shipping", "rayltr.cluster"},
 }  # fmt: skip
 
 

@@ -84,6 +84,7 @@ def test_a_class_without_images_and_an_empty_group_are_nan():
 
 def test_worst_decile():
     assert metrics.worst_decile(np.arange(20) / 20) == pytest.approx(0.025)
+    assert metrics.worst_decile(np.arange(19) / 20) == 0
     assert metrics.worst_decile([0.9, np.nan, 0.3]) == 0.3
     assert math.isnan(metrics.worst_decile([np.nan]))
 

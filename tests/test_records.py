@@ -160,13 +160,32 @@ def test_half_floats_below_the_maximum_keep_the_predictions_and_the_sweep(tmp_pa
     assert metrics.fit(stored, target, counts) == pytest.approx(metrics.fit(z, target, counts), abs=2e-3)
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:400] + b"?" + b[401:]])
-def test_damaged_predictions_are_named(tmp_path: Path, damage):
+@pytest.mark.parametrize("kept", [0, 0.5, 0.99])
+def test_truncated_predictions_are_named(tmp_path: Path, kept: float):
     path = tmp_path / "val.predictions"
     predictions(path)
-    path.write_bytes(damage(path.read_bytes()))
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
     with pytest.raises(ValueError, match="cannot read .*val.predictions"):
         records.read_predictions(path)
+
+
+def test_no_flipped_byte_of_the_data_passes_unnoticed(tmp_path: Path):
+    path = tmp_path / "val.predictions"
+    predictions(path)
+    content, told = path.read_bytes(), records.read_predictions(path)
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    noticed = 0
+    for position in range(4, footer, 5):
+        path.write_bytes(content[:position] + bytes([content[position] ^ 0x55]) + content[position + 1 :])
+        try:
+            found = records.read_predictions(path)
+        except ValueError:
+            noticed += 1
+            continue
+        np.testing.assert_array_equal(found.target, told.target)
+        np.testing.assert_array_equal(found.logits["main"], told.logits["main"])
+    assert noticed > 100
 
 
 def test_a_missing_or_foreign_file_is_named(tmp_path: Path):

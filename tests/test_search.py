@@ -144,7 +144,7 @@ def test_killing_the_driver_loses_no_finished_epoch(study, tmp_path):
                                   and not rows[trial]["predictions_test"])  # fmt: skip
     resumed = [row for trial, row in rows.items() if trial not in finished]
     assert sum(row["epochs_trained"] for row in resumed) < sum(row["epochs_asked"] for row in resumed)
-    fresh = rayltr(*words[:8], "fresh", *words[9:])
+    fresh = rayltr(*("fresh" if word == "run" else word for word in words))
     assert fresh.returncode == 0
     again = {row["trial"]: row for row in records.read_trials(tmp_path / "fresh").to_pylist()}
     assert rows["0000"]["m.val.nll"] == again["0000"]["m.val.nll"]

@@ -94,7 +94,9 @@ def test_a_file_is_a_study_with_its_own_loss_and_the_default_control(tmp_path):
     assert study.name == "my_space" and study.presets == {"paper": {"gamma": 2.0}}
     stage = Plan(str(path)).stage(study, {"arm": STUDY, "gamma": 2.0})
     assert stage.loss.get("gamma") == 2.0 and len(stage.loss.get("code")) == 16
-    assert Plan(str(path)).stage(study, {"arm": CONTROL, "lr": 0.1, "weight_decay": 5e-4, "schedule": "cosine"})
+    assert Plan(str(path)).stage(
+        study, {"arm": CONTROL, "lr": 0.1, "weight_decay": 5e-4, "flip": 0.5, "schedule": "cosine"}
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -91,22 +92,23 @@ def parquet(
     Raises ValueError for missing or ambiguous columns and for an unreadable image unless `skip_corrupt`.
     """
     path = folder_of(root)
-    splits = {split: [(file, _opened(file)) for file in files] for split, files in _files_by_split(path).items()}
-    schema = splits["train"][0][1].schema_arrow
+    files = _files_by_split(path)
+    with _opened(files["train"][0]) as first:
+        schema = first.schema_arrow
     names = _class_names(schema)
     image, target = _image_column(schema, image), _target_column(schema, target, names)
-    targets = {split: _targets(files, target) for split, files in splits.items()}
+    shards = {split: [_shard(file, image, target) for file in found] for split, found in files.items()}
+    targets = {split: np.concatenate([shard.target for shard in found]) for split, found in shards.items()}
     unused = [split for split, found in targets.items() if len(found) and (found == -1).all()]
     classes = names.get(target) or tuple(str(c) for c in range(targets["train"].max(initial=-1) + 1))
     listing = Listing(
         tuple(classes),
-        {split: (_shards(files, image), targets[split]) for split, files in splits.items() if split not in unused},
-        [stat for files in splits.values() for file, opened in files for stat in _stats(file, opened, image)],
+        {split: (_shards(found, image), targets[split]) for split, found in shards.items() if split not in unused},
+        [stat for found in shards.values() for shard in found for stat in shard.stats],
         tuple(f"all targets of {split} are -1: it is not used" for split in unused),
     )
-    return pooled(
-        f"parquet {image} {target}", val_as_test(checked(listing, path)), How(size, skip_corrupt, in_memory_gb)
-    )
+    how = How(size, skip_corrupt, in_memory_gb)
+    return pooled(f"parquet {image} {target}", val_as_test(checked(listing, path)), how)
 
 
 def parquet_files(path: Path) -> list[Path]:
@@ -190,30 +192,29 @@ def _known(what: str, chosen: str, candidates: list[str], schema: pa.Schema) -> 
     return chosen
 
 
-def _targets(files: list[tuple[Path, pq.ParquetFile]], column: str) -> np.ndarray:
-    found = []
-    for path, file in files:
-        if column not in file.schema_arrow.names:
-            raise ValueError(f"{path} lacks the column {column!r}")
-        values = file.read(columns=[column])[column]
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """What is known of a Parquet file without its images: rows per group, targets, and what tells a change."""
+
+    path: Path
+    groups: list[int]
+    target: np.ndarray
+    stats: list[cache.Stat]
+
+
+def _shard(path: Path, image: str, target: str) -> Shard:
+    with _opened(path) as file:
+        for column in (image, target):
+            if column not in file.schema_arrow.names:
+                raise ValueError(f"{path} lacks the column {column!r}")
+        values = file.read(columns=[target])[target]
         if values.null_count:
-            raise ValueError(f"{path} has {values.null_count} rows without a value in {column!r}")
-        found.append(values.to_numpy().astype(np.int64))
-    return np.concatenate(found)
+            raise ValueError(f"{path} has {values.null_count} rows without a value in {target!r}")
+        return Shard(path, _rows(file), values.to_numpy().astype(np.int64), _stats(path, file, image))
 
 
-def _shards(files: list[tuple[Path, pq.ParquetFile]], column: str) -> Shards:
-    groups, ends, total = [], [], 0
-    for path, file in files:
-        if column not in file.schema_arrow.names:
-            raise ValueError(f"{path} lacks the column {column!r}")
-        start = 0
-        for number in range(file.num_row_groups):
-            groups.append(Group(path, number, start))
-            start += file.metadata.row_group(number).num_rows
-            ends.append(total + start)
-        total += start
-    return Shards(column, groups, np.array(ends, np.int64))
+def _rows(file: pq.ParquetFile) -> list[int]:
+    return [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
 
 
 def _stats(path: Path, file: pq.ParquetFile, column: str) -> list[cache.Stat]:
@@ -223,12 +224,25 @@ def _stats(path: Path, file: pq.ParquetFile, column: str) -> list[cache.Stat]:
     held = [chunk.statistics for chunk in chunks if chunk.path_in_schema == f"{column}.bytes"]
     if all(found is not None and found.null_count == 0 for found in held):
         return [cache.stat(path)]
-    values = file.read(columns=[f"{column}.path"])[column].to_pylist()
+    table = file.read(columns=[f"{column}.path"])
+    values = table[column].to_pylist() if column in table.column_names else []
     outside = [path.parent / value["path"] for value in values if value and value["path"]]
     return [cache.stat(path), *(cache.stat(found) for found in outside if found.is_file())]
 
 
+def _shards(shards: list[Shard], column: str) -> Shards:
+    groups = [
+        Group(shard.path, number, start)
+        for shard in shards
+        for number, start in enumerate(accumulate(shard.groups[:-1], initial=0))
+        if shard.groups
+    ]
+    return Shards(column, groups, np.cumsum([rows for shard in shards for rows in shard.groups], dtype=np.int64))
+
+
 def shards_of(path: Path, image: str | None = None) -> Shards:
     """The images of one Parquet file, whether or not it has targets.  Raises ValueError if it has none."""
-    file = _opened(path)
-    return _shards([(path, file)], _image_column(file.schema_arrow, image))
+    with _opened(path) as file:
+        column = _image_column(file.schema_arrow, image)
+        shard = Shard(path, _rows(file), np.empty(0, np.int64), [])
+    return _shards([shard], column)

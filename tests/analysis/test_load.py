@@ -42,7 +42,7 @@ def test_the_chosen_trials_are_finished_ones_with_a_score(run: Path):
     assert load(run).chosen["control"].id == control["trial"]
     best = load(run).chosen["balanced"].id
     forget(run, int(best), state="pruned")
-    assert load(run).chosen["balanced"].id != best
+    assert load(run).chosen["balanced"].id != best and len(load(run).finished) == 8
 
 
 def test_test_scores_use_what_validation_fitted(run: Path):

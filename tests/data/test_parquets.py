@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayltr.data import images, load, long_tail_counts
-from rayltr.data.parquets import parquet
+from rayltr.data.parquets import parquet, shards_of
 from rayltr.spec import fn
 from tests.data.image_files import encoded, noise, png, write_folder, write_parquet
 
@@ -162,6 +162,19 @@ def test_the_keywords_choose_columns(tmp_path):
 def test_a_binary_column_holds_images_too(tmp_path):
     pool = parquet(root=one_file(tmp_path, [png(image) for image in TRAIN], {"label": TRAIN_TARGET.tolist()}))
     np.testing.assert_array_equal(pool.parts["train"].images, TRAIN)
+
+
+def test_a_struct_without_paths(tmp_path):
+    rows = [{"bytes": png(image)} for image in TRAIN]
+    rows[3] = {"bytes": None}
+    root = one_file(tmp_path, rows, {"label": TRAIN_TARGET.tolist()})
+    assert parquet(root=root, skip_corrupt=True).skipped == (f"{root}/train.parquet, row 3",)
+
+
+def test_the_images_of_one_file_without_targets(tmp_path):
+    shards = shards_of(Path(one_file(tmp_path, encoded(TRAIN), {"name": ["x"] * 30})) / "train.parquet")
+    assert len(shards) == 30
+    assert shards.read(np.array([29, 0, 7])) == [png(TRAIN[29]), png(TRAIN[0]), png(TRAIN[7])]
 
 
 def test_a_struct_of_bytes_goes_before_a_binary_column(tmp_path):
