@@ -15,11 +15,15 @@ BEST = {
 def best(rows: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """The best complete trial by balanced, many and few accuracy, and the best of the control arm (`control`).
 
+    A trial that is worse than the control on balance is no choice, however good it is at one end.
     rows: of the trials table.  A choice that no trial allows (no finite score) is absent.
     """
     done = [row for row in rows if row["state"] == "complete"]
-    found = {name: top(done, *scores) for name, scores in BEST.items()}
-    found["control"] = top([row for row in done if row.get("p.arm") == "control"], *BEST["balanced"])
+    control = top([row for row in done if row.get("p.arm") == "control"], *BEST["balanced"])
+    floor = score(control, "fitted_balanced") if control else 0.0
+    worthy = [row for row in done if score(row, "fitted_balanced") >= floor]
+    found = {name: top(worthy, *scores) for name, scores in BEST.items()}
+    found["control"] = control
     return {name: row for name, row in found.items() if row is not None}
 
 

@@ -4,11 +4,13 @@ import argparse
 import hashlib
 import json
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rayltr import catalogue, records
 from rayltr.data import Data, load, recognise
@@ -18,15 +20,28 @@ from rayltr.studies import Plan
 USAGE, PREFLIGHT, FAILED, INTERRUPTED = 2, 3, 4, 130
 """Exit codes: bad input; machines, storage or data that do not fit; some trials failed; interrupted, to be resumed."""
 
+LEAST = {
+    **dict.fromkeys(("trials", "epochs", "batch", "workers", "cpus_per_trial", "threads", "size", "ratio"), 1),
+    **dict.fromkeys(("concurrent", "gpus_per_trial", "seed", "imbalance_seed", "snapshot_seconds"), 0),
+}
+"""The smallest value of each option that is a number."""
+
 VERSIONS = ("rayltr", "torch", "torchvision", "ray", "optuna", "timm", "numpy", "pyarrow")
 
 
 class Refused(Exception):
-    """Nothing was started; the message says why and what is possible."""
+    """The command ends here, with the exit code given; the message says why and what is possible."""
 
     def __init__(self, message: str, code: int = PREFLIGHT):
         super().__init__(message)
         self.code = code
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without a page of usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
 
 
 def run(main: Callable[[Sequence[str] | None], int], arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +52,8 @@ def run(main: Callable[[Sequence[str] | None], int], arguments: Sequence[str] | 
         code, text = refusal.code, str(refusal)
     except ValueError as error:
         code, text = USAGE, str(error)
+    except OSError as error:
+        code, text = PREFLIGHT, str(error)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader, `head` say, has seen enough
@@ -44,6 +61,18 @@ def run(main: Callable[[Sequence[str] | None], int], arguments: Sequence[str] | 
         return 0
     print(f"rayltr: {' '.join(text.split())}", file=sys.stderr)
     return code
+
+
+def checked(options: argparse.Namespace) -> argparse.Namespace:
+    """The options, if their numbers and the name of the run make sense; else raises ValueError for the first."""
+    for name, least in LEAST.items():
+        value = getattr(options, name, None)
+        if value is not None and not value >= least:  # nan is no number either
+            hint = f": did you mean {1 / value:g}?" if name == "ratio" and 0 < value < 1 else ""
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}{hint}")
+    if options.name and (Path(options.name).name != options.name or options.name == ".."):
+        raise ValueError(f"--name {options.name} is no name of a folder; --storage says where the folder lies")
+    return options
 
 
 def data_options(parser: argparse.ArgumentParser) -> None:
@@ -116,6 +145,16 @@ def opened(source: Fn) -> Data:
         raise Refused(str(error)) from error
 
 
+def usable(device: str | None) -> None:
+    """Raises `Refused` for a device that torch cannot compute on here."""
+    if device is None:
+        return
+    try:
+        import_module("torch").empty(0, device=device)  # only now: it takes seconds
+    except (RuntimeError, AssertionError) as error:
+        raise Refused(f"the device {device} cannot be used: {str(error).splitlines()[0]}") from error
+
+
 def fitting_batch(images: int) -> int:
     """Images per step for small sets, so that an epoch has some twenty steps: 16 ... 128."""
     return max(size for size in (16, 32, 64, 128) if size == 16 or images >= 20 * size)
@@ -151,8 +190,16 @@ def versions() -> dict[str, str]:
     return found
 
 
+def typed(program: str, more: Sequence[str], arguments: Sequence[str] | None) -> str:
+    """The command as the user typed it (`arguments` None: on the command line), and `more`."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    return shlex.join(["python", "-m", program, *words, *more])
+
+
 def begin(run: Path, study: str, data: Data, options: argparse.Namespace, more: Mapping[str, Any]) -> None:
-    """Writes the run.json of a new run.  Raises `Refused` for a storage that cannot be written."""
+    """Writes the run.json of a new run.  Raises `Refused` for a storage that cannot be written or a folder in use."""
+    if run.exists() and not (run.is_dir() and not any(run.iterdir())):
+        raise Refused(f"{run} exists and is no run; choose another --name")
     about = {"digest": data.digest, "classes": list(data.classes), "counts": data.counts.tolist()}
     about["size"] = list(data.size)
     info = {

@@ -1,19 +1,20 @@
 """`python -m rayltr.export RUN`: the best configuration and weights of a run as files."""
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from rayltr import command, records
+from rayltr import command, records, studies
 from rayltr.choice import BEST, best, score
-from rayltr.recipe import recorded
+from rayltr.recipe import own_files, recorded
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="rayltr export", description="Write a trained trial as a model to ship.")
+    made = command.Parser(prog="rayltr export", description="Write a trained trial as a model to ship.")
     made.add_argument("run", metavar="RUN", help="the folder of a run")
     group = made.add_mutually_exclusive_group()
     group.add_argument("--trial", metavar="ID", help="the trial to export")
@@ -30,13 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     row = recorded(run, options.trial) if options.trial else chosen(run, options.best)
     if row["state"] != "complete":
         raise ValueError(f"trial {row['trial']} is {row['state']} and cannot be exported")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / "config.json").exists():
+    if occupied(out):
         raise command.Refused(f"{out} exists and is no earlier export; choose another --out")
+    for file in own_files(run):
+        studies.find(str(file))  # its functions may be part of the recipe
     shipping = import_module("rayltr.shipping")  # torch, only now that there is something to export
     found = shipping.finished(run, row, tuple(info["data"]["size"]))
     try:
         shipping.written(out, found, row, manifest(info, row))
         (out / "README.md").write_text(card(info, row, found.facts.classes))
+        for file in own_files(run) if '"code": ' in row["recipe"] else ():
+            (out / "study.py").write_bytes(file.read_bytes())
         extra = [shipping.onnx(out, found.model, found.facts.size)] if options.onnx else []
     except OSError as error:
         raise command.Refused(f"{out} cannot be written: {error}") from error
@@ -45,10 +50,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def occupied(out: Path) -> bool:
+    """Whether something other than an earlier export is at a path."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    try:
+        return "rayltr" not in json.loads((out / "config.json").read_text())
+    except (OSError, ValueError, TypeError):
+        return True
+
+
 def chosen(run: Path, name: str) -> Mapping[str, Any]:
     found = best(records.read_trials(run).to_pylist())
     if name not in found:
-        raise ValueError(f"{run} has no complete trial to choose from")
+        raise ValueError(f"{run} has no complete trial for --best {name}; it has {', '.join(found) or 'none at all'}")
     return found[name]
 
 

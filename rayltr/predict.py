@@ -21,7 +21,7 @@ SHOWN = 20
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="rayltr predict", description="Use an exported model on images.")
+    made = command.Parser(prog="rayltr predict", description="Use an exported model on images.")
     made.add_argument("model", metavar="DIR", help="an exported model")
     made.add_argument("images", metavar="IMAGE|FOLDER|FILE.parquet", help="what to classify")
     made.add_argument("--out", metavar="FILE.parquet", help="write path, prediction and probabilities of every class")
@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     items = found(Path(options.images))
     shipping = import_module("rayltr.shipping")  # torch, only now that there is something to classify
+    command.usable(options.device)
     device = shipping.place(options.device)
     model, config = shipping.opened(Path(options.model), device)
     size = tuple(config["pretrained_cfg"]["input_size"][1:])

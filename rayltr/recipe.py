@@ -5,7 +5,6 @@ The run folder it leaves is that of a search with one trial: reports, exports an
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -15,14 +14,14 @@ from typing import Any
 
 from rayltr import command, records, studies
 from rayltr.catalogue import nearest
-from rayltr.command import Refused
+from rayltr.command import FAILED, Refused
 from rayltr.progress import outcome, stood
 from rayltr.spec import FixedTrial, Stage, chain, digest, dump, parse
 from rayltr.studies import STUDY, Study
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="rayltr train", description="Train one recipe: no search, no Ray.")
+    made = command.Parser(prog="rayltr train", description="Train one recipe: no search, no Ray.")
     made.add_argument("recipe", nargs="?", help=f"a study ({', '.join(studies.names())}, or a .py file), a config.json "
                       "as exports hold it, or the folder of a run (with --trial)")  # fmt: skip
     made.add_argument("--preset", default="paper", metavar="NAME", help="a named point of the study (see --list)")
@@ -38,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
+    options = command.checked(parser().parse_args(arguments))
     if options.list:
         print(listing())
         return 0
@@ -46,12 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ValueError(f"which recipe? a study ({', '.join(studies.names())}), a config.json or a run with --trial")
     name, stage, params = asked(options)
     data = command.opened(stage.source)
+    command.usable(options.device)
     run = Path(options.storage).absolute() / (options.name or f"{name}-{digest(stage)[:8]}")
-    words = sys.argv[1:] if arguments is None else arguments
     if not (run / "run.json").exists():
-        more = {"command": f"python -m rayltr.train {' '.join(words)}", "settled": {"recipe": dump(stage)}}
+        more = {"command": command.typed("rayltr.train", [], arguments), "settled": {"recipe": dump(stage)}}
         command.begin(run, name, data, options, more)
-    elif records.read_run(run)["settled"] != json.loads(json.dumps({"recipe": dump(stage)})):
+        for file in own_files(Path(options.recipe)):
+            records.save(run / file.name, file.read_bytes())
+    elif records.read_run(run).get("settled") != json.loads(json.dumps({"recipe": dump(stage)})):
         raise Refused(f"{run} is a run of another recipe; choose another --name")
     print(command.described(stage.source, data))
     print(f"{len(chain(stage))} stage(s), {command.length(stage)} epochs; everything goes to {run}", flush=True)
@@ -60,35 +61,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def asked(options: argparse.Namespace) -> tuple[str, Stage, dict[str, Any]]:
     """(name, completed chain, parameters of the study) that the command line asks for."""
-    path = Path(options.recipe)
-    if path.suffix == ".json":
-        stage = recipe_in(path)
-        return path.stem, command.plan_of(options, "", stage).changed(stage), {}
-    if (path / "run.json").exists():
+    path, params = Path(options.recipe), {}
+    is_run = (path / "run.json").exists()
+    if options.trial and not is_run:
+        raise ValueError(f"--trial {options.trial} is of which run? {path} is not the folder of a run")
+    if path.suffix != ".json" and not is_run:
+        place = str(path.absolute()) if path.suffix == ".py" else options.recipe
+        study = studies.find(place)
+        params = {"arm": STUDY, **preset(study, options.preset)}
+        plan = command.plan_of(options, place, study(FixedTrial(params)))
+        return f"{study.name}-{options.preset}", plan.stage(study, params), params
+    for file in own_files(path):
+        studies.find(str(file))  # its functions may be part of the recipe
+    if is_run:
         row = recorded(path, options.trial)
-        if (path / "study.py").exists():
-            studies.find(str(path / "study.py"))  # its own functions may be part of the recipe
-        stage = parse(json.loads(row["recipe"]))
+        name, stage = f"{path.name}-{row['trial']}", parse(json.loads(row["recipe"]))
         params = {key[2:]: value for key, value in row.items() if key.startswith("p.") and value is not None}
-        return f"{path.name}-{row['trial']}", command.plan_of(options, "", stage).changed(stage), params
-    place = str(path.absolute()) if path.suffix == ".py" else options.recipe
-    study = studies.find(place)
-    params = {"arm": STUDY, **preset(study, options.preset)}
-    plan = command.plan_of(options, place, study(FixedTrial(params)))
-    return f"{study.name}-{options.preset}", plan.stage(study, params), params
+    else:
+        name, stage = path.stem, recipe_in(path)
+    return name, command.plan_of(options, "", stage).changed(stage), params
+
+
+def own_files(recipe: Path) -> list[Path]:
+    """The files that may define functions of a recipe: a study itself, or what a run or an export keeps of it."""
+    if recipe.suffix == ".py":
+        return [recipe]
+    return sorted(recipe.glob("*.py") if recipe.is_dir() else recipe.parent.glob("study.py"))
 
 
 def recipe_in(path: Path) -> Stage:
     """The chain in a config.json.  Raises ValueError for a file that holds none."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the recipe {path}: {error}") from error
-    return parse(content.get("recipe", content))
+        stage = parse(content.get("recipe", content))
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"there is no recipe in {path}: {type(error).__name__}: {error}") from error
+    return studies.sound(stage, str(path))
 
 
 def recorded(run: Path, trial: str | None) -> Mapping[str, Any]:
-    """The row of a trial in a run's records.  Raises ValueError listing the trials there are."""
+    """The row of a trial in a run's records.  Raises ValueError for what is no run, or listing the trials it has."""
+    records.read_run(run)
     rows = {row["trial"]: row for row in records.read_trials(run).to_pylist()}
     if trial is None or trial not in rows:
         raise ValueError(f"which --trial? {run} has {', '.join(rows) or 'no trials'}")
@@ -107,7 +120,10 @@ def trained(run: Path, name: str, stage: Stage, params: dict[str, Any], options:
     began = datetime.now(UTC)
     resources = trial.Resources(device=options.device, threads=options.threads)
     work = trial.Trial(stage, trial.Store(run / "store"), resources=resources, report=Lines())
-    found = work.run()
+    try:
+        found = work.run()
+    except ValueError as error:  # it diverged, or its stages do not fit together
+        raise Refused(f"the recipe cannot be trained: {error}", FAILED) from error
     path, scores = work.test()
     row = {
         "study": name,

@@ -20,6 +20,7 @@ from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 from pyarrow import fs
@@ -155,9 +156,10 @@ def read_epochs(folder: str | os.PathLike) -> pa.Table:
 
 
 def append_epochs(folder: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add rows to the table of epochs."""
-    table = pa.Table.from_pylist(list(rows), schema=EPOCHS)
-    _write_table(within(folder, "records/epochs.parquet"), pa.concat_tables([read_epochs(folder), table]))
+    """Add rows to the table of epochs; rows of the same trials that are there already are replaced."""
+    table, old = pa.Table.from_pylist(list(rows), schema=EPOCHS), read_epochs(folder)
+    kept = old.filter(pc.invert(pc.is_in(old["trial"], value_set=table["trial"].combine_chunks())))
+    _write_table(within(folder, "records/epochs.parquet"), pa.concat_tables([kept, table]))
 
 
 def trials_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:

@@ -6,6 +6,7 @@ This file parses, checks and prints; nothing heavy is imported before everything
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,7 +29,7 @@ CHECKED = 24
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = command.Parser(
         prog="rayltr search",
         description="Search the recipes of a study on your data; the best are exported with `rayltr export`.",
         epilog=f"exit codes: 0 done, 2 bad arguments, 3 refused before anything started, {FAILED} some trials failed, "
@@ -48,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--resume", action="store_true", help="go on with a run that was interrupted, or add trials")
     group.add_argument("--concurrent", type=int, default=0, metavar="N", help="trials at once (default: what fits)")
     group.add_argument("--cpus-per-trial", type=int, default=1, metavar="N", help="and as many threads (default 1)")
-    group.add_argument("--gpus-per-trial", type=float, default=-1.0, metavar="G",
+    group.add_argument("--gpus-per-trial", type=float, metavar="G",
                        help="may be a fraction (default 1 where there are GPUs)")  # fmt: skip
     group.add_argument("--workers", type=int, default=1, metavar="W", help="processes per trial, by Ray Train")
     group.add_argument("--address", metavar="auto|HOST:PORT", help="an existing Ray cluster (default: this machine)")
@@ -58,67 +59,68 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
+    options = command.checked(parser().parse_args(arguments))
     if options.list:
         print(catalogue_text())
         return 0
-    if options.study is None:
-        raise ValueError(f"which study? {', '.join(studies.names())}, or the path of your own .py file")
-    asked = objectives.parse(options.objective)
-    for name in ("trials", "epochs", "batch", "workers", "cpus_per_trial"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-    place = str(Path(options.study).absolute()) if options.study.endswith(".py") else options.study
-    study = studies.find(place)
-    plan = command.plan_of(options, place, study.control(RandomTrial(0)))
-    precision = plan.precision or command.native_precision()
-    plan = replace(plan, precision=precision, epochs=plan.epochs or EPOCHS, seed=plan.seed or 0)
-    checked(study, plan)
+    aims = objectives.parse(options.objective)
+    study, plan = asked(options)
     room(options)
     data = command.opened(plan.source)  # type: ignore[arg-type]
     if plan.batch is None and len(data.train) < 2560:
         plan = replace(plan, batch=command.fitting_batch(len(data.train)))
-    settled = {"plan": command.plan_json(plan), "objectives": asked, "sampler": options.sampler, "data": data.digest}
+    chosen = {**command.plan_json(plan), "study": study.name, "source": data.digest}
+    settled = {**chosen, "objectives": aims, "sampler": options.sampler}
     run = folder(options, study, plan, command.fingerprint(settled, study.file.read_text()))
-    begin(run, options, study, settled, data, arguments)
+    new = begin(run, options, study, settled, data, arguments)
+    if plan.study != study.name:  # a file of the user's: what is edited meanwhile must not change a running search
+        plan = replace(plan, study=str(run / f"{study.name}.py"))
     progress = Progress()
     progress.say(command.described(plan.source, data))  # type: ignore[arg-type]
     for warning in data.manifest["warnings"]:
         progress.say(f"note: {warning}")
-    tuning = import_module("rayltr.tuning")  # Ray and Optuna, only now that everything is known to be possible
-    settings = tuning.Settings(
-        run=str(run), plan=plan, trials=options.trials, objectives=asked, sampler=options.sampler,
-        workers=options.workers, cpus=options.cpus_per_trial, gpus=options.gpus_per_trial,
-        concurrent=options.concurrent, address=options.address, dashboard=not options.no_dashboard,
-        snapshot_s=options.snapshot_seconds,
-    )  # fmt: skip
-    before = len(tuning.ended(settings.run))
-    try:
-        done = tuning.search(settings, progress)
-    except tuning.Shortage as shortage:
-        raise Refused(str(shortage)) from shortage
-    if not done:
-        progress.say(f"interrupted; every finished epoch is kept. Go on with:\n  {again(options, run)}")
+    before = records.read_trials(run).num_rows
+    if not searched(run, new, options, plan, aims, progress):
+        more = [*(() if options.resume else ("--resume",)), *(() if options.name else ("--name", run.name))]
+        again = command.typed("rayltr.search", more, arguments)
+        progress.say(f"interrupted; every finished epoch is kept. Go on with:\n  {again}")
         return INTERRUPTED
     return finished(run, progress, before)
+
+
+def asked(options: argparse.Namespace) -> tuple[Study, Plan]:
+    """The study and the plan of the command line.  Raises ValueError for what could not be run."""
+    if options.study is None:
+        raise ValueError(f"which study? {', '.join(studies.names())}, or the path of your own .py file")
+    place = str(Path(options.study).absolute()) if options.study.endswith(".py") else options.study
+    study = studies.find(place)
+    plan = command.plan_of(options, place, study.point(studies.STUDY, RandomTrial(0)))
+    precision = plan.precision or command.native_precision()
+    plan = replace(plan, precision=precision, epochs=plan.epochs or EPOCHS, seed=plan.seed or 0)
+    checked(study, plan)
+    return study, plan
 
 
 def checked(study: Study, plan: Plan) -> None:
     """Completes random points of both arms and every preset.  Raises ValueError for the first that cannot be."""
     for seed in range(CHECKED):
-        plan.changed(study.space(RandomTrial(seed)))
-    plan.changed(study.control(RandomTrial(0)))
+        trial = RandomTrial(seed)
+        plan.changed(study.point(studies.STUDY, trial))
+        if wrong := [name for name in trial.asked if name in ("arm", "number") or "/" in name]:
+            raise ValueError(f"the study {study.name} has a parameter {wrong[0]!r}; arm, number and / are taken")
+    plan.changed(study.point(studies.CONTROL, RandomTrial(0)))
     for params in study.presets.values():
         plan.stage(study, {"arm": studies.STUDY, **params})
 
 
 def room(options: argparse.Namespace) -> None:
-    """Raises `Refused` when this machine cannot hold one trial (a cluster is asked once it is joined)."""
-    have, need = len(os.sched_getaffinity(0)), options.cpus_per_trial * options.workers
+    """Raises `Refused` when this machine cannot hold the trials (a cluster is asked once it is joined)."""
+    have, trials = len(os.sched_getaffinity(0)), max(options.concurrent, 1)
+    need = trials * options.workers * options.cpus_per_trial
     if options.address is None and need > have:
-        raise Refused(
-            f"a trial needs {need} CPUs ({options.workers} workers x {options.cpus_per_trial}), this machine has {have}"
-        )
+        each = f"{options.workers} workers x {options.cpus_per_trial}"
+        who = f"{trials} trials at once need" if trials > 1 else "a trial needs"
+        raise Refused(f"{who} {need} CPUs ({each}), this machine has {have}")
 
 
 def folder(options: argparse.Namespace, study: Study, plan: Plan, asked: str) -> Path:
@@ -128,30 +130,42 @@ def folder(options: argparse.Namespace, study: Study, plan: Plan, asked: str) ->
     return Path(options.storage).absolute() / (options.name or f"{study.name}-{data}-{asked}")
 
 
-def begin(run: Path, options: Any, study: Study, settled: Mapping, data: Any, arguments: Sequence[str] | None) -> None:
-    """Makes the run's folder, or checks that an existing one is the same search.  Raises `Refused`."""
+def begin(run: Path, options: Any, study: Study, settled: Mapping, data: Any, arguments: Sequence[str] | None) -> bool:
+    """Makes the run's folder (and says so), or checks that an existing one is the same search.  Raises `Refused`."""
     settled = json.loads(json.dumps(settled))
     if (run / "run.json").exists():
         info = records.read_run(run)
-        if info["settled"] != settled or (run / "study.py").read_text() != study.file.read_text():
+        if info.get("settled") != settled or (run / f"{study.name}.py").read_text() != study.file.read_text():
             raise Refused(f"{run} is a run with other arguments, data or study; choose another --name")
         ended = records.read_trials(run).num_rows
         if ended < options.trials and not options.resume:
             have = f"{run} has {ended} of {options.trials} trials"
             raise Refused(f"{have}; go on with --resume, or choose another --name")
-        return
+        return False
     if options.resume:
         raise Refused(f"there is no run {run} to resume")
-    words = sys.argv[1:] if arguments is None else arguments
-    more = {"settled": settled, "command": f"python -m rayltr.search {' '.join(words)}"}
+    more = {"settled": settled, "command": command.typed("rayltr.search", [], arguments)}
     command.begin(run, study.name, data, options, more)
-    records.save(run / "study.py", study.file.read_bytes())
+    records.save(run / f"{study.name}.py", study.file.read_bytes())
+    return True
 
 
-def again(options: argparse.Namespace, run: Path) -> str:
-    words = [word for word in sys.argv[1:] if word != "--resume"]
-    name = [] if options.name else ["--name", run.name]
-    return " ".join(["python -m rayltr.search", *words, *name, "--resume"])
+def searched(run: Path, new: bool, options: Any, plan: Plan, aims: tuple[str, ...], progress: Progress) -> bool:
+    """Runs the search; whether it came to its end.  A new run that the machines refuse leaves nothing behind."""
+    tuning = import_module("rayltr.tuning")  # Ray and Optuna, only now that everything is known to be possible
+    settings = tuning.Settings(
+        run=str(run), plan=plan, trials=options.trials, objectives=aims, sampler=options.sampler,
+        workers=options.workers, cpus=options.cpus_per_trial,
+        gpus=-1.0 if options.gpus_per_trial is None else options.gpus_per_trial,
+        concurrent=options.concurrent, address=options.address, dashboard=not options.no_dashboard,
+        snapshot_s=options.snapshot_seconds,
+    )  # fmt: skip
+    try:
+        return tuning.search(settings, progress)
+    except tuning.Shortage as refusal:
+        if new and not (run / "store").exists():
+            shutil.rmtree(run)
+        raise Refused(str(refusal)) from refusal
 
 
 def finished(run: Path, progress: Progress, before: int) -> int:
@@ -164,16 +178,18 @@ def finished(run: Path, progress: Progress, before: int) -> int:
                **{key: value for key, value in row.items() if key[:2] in ("p.", "m.") and value is not None}}
         for name, row in chosen.items()
     }, indent=1).encode())  # fmt: skip
-    asked, trained = (sum(row[f"epochs_{kind}"] for row in rows[before:]) for kind in ("asked", "trained"))
+    new = [row for row in rows[before:] if row["state"] == "complete"]
+    asked, trained = (sum(row[f"epochs_{kind}"] for row in new) for kind in ("asked", "trained"))
     if before == len(rows):
         progress.say(f"nothing to train: all {len(rows)} trials of this search are stored in {run}")
     else:
         progress.say(f"{asked} epochs asked, {trained} trained, {asked - trained} saved: shared or resumed stages")
     progress.say(shown(chosen))
     failed = [row for row in rows if row["state"] == "failed"]
+    report = import_module("analysis.report").write(run)  # plotly, only now that there is something to draw
+    progress.say(f"report: {report}")
     if chosen:
-        report = import_module("analysis.report").write(run)  # plotly, only when there is something to draw
-        progress.say(f"report: {report}\nnext:   python -m rayltr.export {run} --best balanced --out model")
+        progress.say(f"next:   python -m rayltr.export {run} --best balanced --out model")
     if failed:
         progress.say(f"{len(failed)} of {len(rows)} trials failed; the report lists them with their errors")
     return FAILED if failed else 0

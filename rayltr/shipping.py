@@ -23,7 +23,7 @@ from rayltr.backbones import Normalised
 from rayltr.interface import Facts, Resources
 from rayltr.metrics import fit
 from rayltr.records import read_predictions
-from rayltr.spec import Stage, dump, fn, parse
+from rayltr.spec import Stage, dump, end, fn, parse
 from rayltr.store import Store
 
 SCHEMA = 1
@@ -98,12 +98,13 @@ def finished(run: Path, row: Mapping[str, Any], size: tuple[int, int]) -> Finish
                          f"`python -m rayltr.train {run} --trial {row['trial']}`")  # fmt: skip
     stage = parse(json.loads(note.read_text())["stage"])
     state = Store(run / "store").longest(stage)
-    if state is None:
-        raise ValueError(f"the weights of trial {row['trial']} in {run} are damaged")
+    if state is None or state.epoch != end(stage):  # what a shorter training left is another model
+        raise ValueError(f"the weights of trial {row['trial']} in {run} are damaged; train it again with "
+                         f"`python -m rayltr.train {run} --trial {row['trial']}`")  # fmt: skip
     val = read_predictions(place)
     mean, std = (tuple(state.model[f"backbone.{name}"].flatten().tolist()) for name in ("mean", "std"))
     facts = Facts(tuple(val.classes), val.counts, mean, std, size)
-    method = build.method(stage, facts)
+    method = build.method(stage.but(backbone=stage.backbone.but(pretrained=None)), facts)
     build.adopt(method, state, again=True)
     tau, temperature, _ = fit(next(iter(val.logits.values())), val.target, val.counts)
     adjustment = Adjustment(tau, temperature, val.counts)
@@ -114,8 +115,9 @@ def finished(run: Path, row: Mapping[str, Any], size: tuple[int, int]) -> Finish
 def written(out: Path, found: Finished, row: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
     """Writes the export: config.json, model.safetensors, labels.txt, metrics.json, manifest.json and a model card."""
     out.mkdir(parents=True, exist_ok=True)
-    timm = found.stage.backbone.name == "timm" and not found.model.normalise
-    config, weights = (timm_form if timm else own_form)(found)
+    for stale in ("model.onnx", "study.py"):
+        (out / stale).unlink(missing_ok=True)
+    config, weights = form(found)
     metrics = {key[2:]: value for key, value in row.items() if key.startswith("m.") and value is not None}
     posthoc = {"tau": found.adjustment.tau, "temperature": found.adjustment.temperature,
                "counts": found.adjustment.counts.tolist(), "folded": True}  # fmt: skip
@@ -141,6 +143,16 @@ def common(found: Finished) -> dict[str, Any]:
         "label_names": list(facts.classes),
         "pretrained_cfg": {**normal, "num_classes": classes, "crop_pct": 1.0, "interpolation": "bicubic"},
     }
+
+
+def form(found: Finished) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the weights, in timm's form where timm can load them."""
+    if found.stage.backbone.name != "timm" or found.model.normalise:
+        return own_form(found)
+    try:
+        return timm_form(found)
+    except RuntimeError:  # not every model of timm ends in one linear layer
+        return own_form(found)
 
 
 def own_form(found: Finished) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -174,23 +186,28 @@ def opened(folder: Path, device: torch.device) -> tuple[nn.Module, dict[str, Any
     try:
         config = json.loads((folder / "config.json").read_text())
         weights = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{folder} is no exported model: {error}") from error
-    if config.get("rayltr") != SCHEMA:
-        raise ValueError(f"{folder} was exported by an incompatible version ({config.get('rayltr')}, here {SCHEMA})")
-    normal = config["pretrained_cfg"]
+        if config.get("rayltr") == SCHEMA:
+            return rebuilt(config, weights).to(device).eval(), config
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{folder} is no exported model, or damaged: {type(error).__name__}: {reason}") from error
+    raise ValueError(f"{folder} was exported by an incompatible version ({config.get('rayltr')}, here {SCHEMA})")
+
+
+def rebuilt(config: Mapping[str, Any], weights: dict[str, Tensor]) -> nn.Module:
+    """The model that a config.json describes, with its weights.  Raises whatever a damaged one leads to."""
+    normal, classes = config["pretrained_cfg"], len(config["label_names"])
     if "backbone" in config:
-        made = dict(config["backbone"])
-        choice = fn(made.pop("fn"), **made)
+        keywords = dict(config["backbone"])
+        choice = fn(keywords.pop("fn"), **keywords).but(pretrained=None)
         backbone = Normalised(build.function("backbone", choice)(), normal["mean"], normal["std"])
-        model: nn.Module = Shipped(backbone, config["num_classes"], config["normalise"])
-    else:
-        made = import_module("timm").create_model(config["architecture"], num_classes=config["num_classes"])
-        made.load_state_dict(weights)
-        made.dim = config["num_classes"]
-        return Normalised(made, normal["mean"], normal["std"]).to(device).eval(), config
-    model.load_state_dict(weights)
-    return model.to(device).eval(), config
+        model = Shipped(backbone, classes, config["normalise"])
+        model.load_state_dict(weights)
+        return model
+    made = import_module("timm").create_model(config["architecture"], num_classes=classes)
+    made.load_state_dict(weights)
+    made.dim = classes
+    return Normalised(made, normal["mean"], normal["std"])
 
 
 def onnx(out: Path, model: nn.Module, size: tuple[int, int]) -> Path:
@@ -202,7 +219,7 @@ def onnx(out: Path, model: nn.Module, size: tuple[int, int]) -> Path:
     path = out / "model.onnx"
     batch = torch.export.Dim("batch")
     torch.onnx.export(model.eval(), (torch.rand(2, 3, *size),), path, input_names=["images"], output_names=["logits"],
-                      dynamic_shapes=({0: batch},), dynamo=True, external_data=False)  # fmt: skip
+                      dynamic_shapes=({0: batch},), dynamo=True, external_data=False, verbose=False)  # fmt: skip
     return path
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import search_spaces
 from rayltr import catalogue
-from rayltr.spec import FixedTrial, Fn, Stage, Trial, mapped, scaled
+from rayltr.spec import AXES, FixedTrial, Fn, Stage, Trial, mapped, parents, scaled
 from search_spaces import control as default_control
 
 CONTROL, STUDY = "control", "study"
@@ -35,8 +35,16 @@ class Study:
 
     def __call__(self, trial: Trial) -> Stage:
         """The chain of a trial of either arm."""
-        arm = trial.suggest_categorical("arm", [STUDY, CONTROL])
-        return self.control(trial) if arm == CONTROL else self.space(trial)
+        return self.point(trial.suggest_categorical("arm", [STUDY, CONTROL]), trial)
+
+    def point(self, arm: str, trial: Trial) -> Stage:
+        """The chain of a trial of one arm.  Raises ValueError for a space that fails there or gives no chain."""
+        try:
+            stage = (self.control if arm == CONTROL else self.space)(trial)
+        except Exception as error:
+            place = f" at {asked}" if (asked := getattr(trial, "asked", None)) else ""
+            raise ValueError(f"the study {self.name} fails{place}: {type(error).__name__}: {error}") from error
+        return sound(stage, f"the study {self.name}")
 
 
 def names() -> list[str]:
@@ -58,7 +66,7 @@ def find(study: str) -> Study:
 
 
 def _from_file(path: Path) -> ModuleType:
-    if not path.is_file():
+    if path.suffix != ".py" or not path.is_file():
         raise ValueError(f"there is no study file {path}; studies that come with rayltr: {', '.join(names())}")
     name = f"rayltr_study_{path.stem}"
     spec = spec_from_file_location(name, path)
@@ -66,7 +74,7 @@ def _from_file(path: Path) -> ModuleType:
     module = sys.modules[name] = module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"the study file {path} cannot be loaded: {type(error).__name__}: {error}") from error
     catalogue.extend(module)
     return module
@@ -76,10 +84,30 @@ def _study(module: ModuleType, name: str) -> Study:
     if not callable(getattr(module, "space", None)):
         raise ValueError(f"the study {name} has no function space(trial) -> Stage")
     paper = getattr(module, "PAPER", {})
+    if not isinstance(paper, Mapping):
+        raise ValueError(f"PAPER of the study {name} is a dict of parameters, or of such dicts by name, not {paper!r}")
     presets = paper if all(isinstance(value, Mapping) for value in paper.values()) else {"paper": paper}
     control = getattr(module, "control", default_control.control)
     assert module.__file__ is not None
     return Study(name, module.space, control, presets, getattr(module, "PUBLISHED", {}), Path(module.__file__))
+
+
+def sound(stage: Any, origin: str) -> Stage:
+    """The chain, if it is made of Stages, Fns and numbers.  Raises ValueError, naming `origin`, for what is not."""
+    if not isinstance(stage, Stage):
+        raise ValueError(f"{origin} gives {stage!r}, which is no Stage")
+    for axis in AXES:
+        value = getattr(stage, axis)
+        if axis == "views" and not (isinstance(value, tuple) and all(isinstance(view, Fn) for view in value)):
+            raise ValueError(f"{origin}: the views of a stage are a tuple of fn(...), not {value!r}")
+        if axis != "views" and not (isinstance(value, Fn) or value is None and axis in ("mixing", "weight")):
+            raise ValueError(f"{origin}: the {axis} of a stage is fn(...), not {value!r}")
+    for name, value in (("epochs", stage.epochs), ("horizon", stage.horizon or 0)):
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"{origin}: the {name} of a stage is a whole number, not {value!r}")
+    for parent in parents(stage).values():
+        sound(parent, origin)
+    return stage
 
 
 @dataclass(frozen=True)

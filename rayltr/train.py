@@ -13,7 +13,9 @@ if __name__ == "__main__":  # the command answers --help before torch is importe
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -29,7 +31,8 @@ from rayltr.interface import Batch, Diverged, Facts, Resources, State
 from rayltr.parallel import agreed, rank, synchronised, world
 from rayltr.spec import Stage, end, start
 
-Hook = Callable[[State, bool], None]
+AHEAD = 4
+"""Batches that are decoded ahead of the training."""
 
 
 def train(
@@ -154,15 +157,30 @@ def batches(
     split: Split, indices: Tensor, size: int, steps: int, device: torch.device
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(step, rows [B], float images [B,3,H,W] in [0, 1]) for this worker; an incomplete last batch is left out."""
-    for step in range(steps):
-        rows = indices[step * size : (step + 1) * size][rank() :: world()]
-        yield step, rows, pixels(split, rows.numpy(), device)
+    parts = [indices[step * size : (step + 1) * size][rank() :: world()] for step in range(steps)]
+    for step, images in enumerate(taken(split, [rows.numpy() for rows in parts])):
+        yield step, parts[step], pixels(images, device)
 
 
-def pixels(split: Split, rows: np.ndarray, device: torch.device) -> Tensor:
-    """The images of some rows as float [B,3,H,W] in [0, 1], channels last; they cross to the device as uint8."""
-    images = torch.from_numpy(split.take(rows)).to(device, non_blocking=True)
-    return images.permute(0, 3, 1, 2).to(torch.float32).div_(255)
+def taken(split: Split, parts: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """The uint8 images of each part in turn; images that have to be decoded are decoded ahead, beside the training."""
+    if not split.lazy:
+        yield from map(split.take, parts)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        ahead: deque[Future] = deque()
+        for rows in parts:
+            ahead.append(pool.submit(split.take, rows))
+            if len(ahead) > AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def pixels(images: np.ndarray, device: torch.device) -> Tensor:
+    """uint8 [B,H,W,3] as float [B,3,H,W] in [0, 1], channels last; they cross to the device as uint8."""
+    moved = torch.from_numpy(images).to(device, non_blocking=True)
+    return moved.permute(0, 3, 1, 2).to(torch.float32).div_(255)
 
 
 def arithmetic(precision: str, device: torch.device) -> AbstractContextManager:
@@ -185,10 +203,11 @@ def predict(
     """Float32 logits [N,C] by head for a whole split, in eval mode."""
     module.eval()
     parts = []
-    for first in range(0, len(split), size):
-        images = pixels(split, np.arange(first, min(first + size, len(split))), device)
+    rows = [np.arange(first, min(first + size, len(split))) for first in range(0, len(split), size)]
+    for images in taken(split, rows):
         with arithmetic(precision, device):
-            parts.append({head: z.float().cpu() for head, z in module.predict(images).items()})  # type: ignore[operator]
+            found = module.predict(pixels(images, device))  # type: ignore[operator]
+        parts.append({head: z.float().cpu() for head, z in found.items()})
     return {head: torch.cat([part[head] for part in parts]).numpy() for head in parts[0]} if parts else {}
 
 

@@ -144,7 +144,8 @@ def search(settings: Settings, progress: Progress) -> bool:
     left = settings.trials - len(ended(settings.run))
     if left <= 0 and not sealed(settings.run):
         return True
-    connect(settings)
+    if dashboard := connect(settings):
+        progress.say(f"Ray dashboard: http://{dashboard} (if it asks for a token: ray get-auth-token)")
     settings = fitted(settings)
     if left > 0:
         several, modes = len(settings.objectives) > 1, [direction(name) for name in settings.objectives]
@@ -200,8 +201,8 @@ def parameters(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name[2:]: value for name, value in row.items() if name.startswith("p.") and value is not None}
 
 
-def connect(settings: Settings) -> None:
-    """Starts Ray on this machine, or joins the cluster at an address."""
+def connect(settings: Settings) -> str:
+    """Starts Ray on this machine, or joins the cluster at an address; the address of its dashboard, if it has one."""
     os.environ |= {
         "RAY_AIR_NEW_OUTPUT": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -212,13 +213,14 @@ def connect(settings: Settings) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if settings.address:
         try:
-            ray.init(address=settings.address, **quiet)
+            context = ray.init(address=settings.address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise Shortage(f"no Ray cluster answers at {settings.address}: {error}") from error
     else:
-        ray.init(address="local", include_dashboard=settings.dashboard, resources={DRIVER: 1000}, **quiet)
+        context = ray.init(address="local", include_dashboard=settings.dashboard, resources={DRIVER: 1000}, **quiet)
     logging.getLogger("ray").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))  # Tune saves and returns on SIGINT
+    return context.dashboard_url or ""
 
 
 def fitted(settings: Settings) -> Settings:

@@ -111,7 +111,8 @@ def test_what_does_not_fit_the_table_is_named(tmp_path: Path):
 
 
 def test_epochs_are_appended(tmp_path: Path):
-    rows = [{"trial": "a", "stage": 0, "epoch": e, "split": "train", "metric": "loss", "value": 1.0} for e in range(3)]
+    rows = [{"trial": t, "stage": 0, "epoch": e, "split": "train", "metric": "loss", "value": 1.0}
+            for e, t in enumerate("aab")]  # fmt: skip
     records.append_epochs(tmp_path, rows[:2])
     records.append_epochs(tmp_path, rows[2:])
     table = records.read_epochs(tmp_path)
@@ -248,3 +249,16 @@ def test_a_folder_may_be_a_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     system, place = records.filesystem("run")
     assert isinstance(system, fs.LocalFileSystem) and place == str(tmp_path / "run")
+
+
+def test_epochs_of_a_trial_that_is_run_again_are_replaced(tmp_path):
+    def row(trial, value):
+        where = {"stage": 0, "epoch": 1, "split": "train", "metric": "loss", "wall_s": 1.0}
+        return {"trial": trial, "value": value, **where}
+
+    records.append_epochs(tmp_path, [row("0000", 1.0), row("0001", 2.0)])
+    records.append_epochs(tmp_path, [row("0001", 3.0)])
+    assert [(r["trial"], r["value"]) for r in records.read_epochs(tmp_path).to_pylist()] == [
+        ("0000", 1.0),
+        ("0001", 3.0),
+    ]

@@ -4,6 +4,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from rayltr import build, catalogue
@@ -155,13 +156,18 @@ def test_a_loss_that_is_no_number_is_named():
 
 
 class Take:
+    lazy = False
+
     def take(self, rows):
         return np.zeros((len(rows), 8, 8, 3), np.uint8)
 
 
+@pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize(("images", "sizes"), [(50, [16, 16, 16]), (10, [10]), (16, [16])])
-def test_an_incomplete_last_batch_is_left_out_unless_it_is_the_only_one(images, sizes):
-    found = list(batches(Take(), torch.arange(images), 16, max(1, images // 16), torch.device("cpu")))
+def test_an_incomplete_last_batch_is_left_out_unless_it_is_the_only_one(images, sizes, lazy):
+    split = Take()
+    split.lazy = lazy
+    found = list(batches(split, torch.arange(images), 16, max(1, images // 16), torch.device("cpu")))
     assert [len(rows) for _, rows, _ in found] == sizes
 
 
@@ -228,3 +234,14 @@ def test_a_batch_reaches_the_method_with_its_mixing():
     expected = (share * w[target] * loss(logits, target)).sum() / w[target].sum()
     expected += ((1 - share) * w[other] * loss(logits, other)).sum() / w[other].sum()
     torch.testing.assert_close(found, expected)
+
+
+def test_images_that_are_decoded_on_the_way_train_the_same_weights(tmp_path):
+    """A set that does not fit in memory takes the same path and gives the same numbers."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
+    for number, image in enumerate(images):
+        place = tmp_path / f"class{number % 2}" / f"{number:02d}.png"
+        place.parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(place)
+    states = [train(tiny(source=fn("folder", root=str(tmp_path), in_memory_gb=gb)), resources=ONE)[0] for gb in (8, 0)]
+    same(*states)

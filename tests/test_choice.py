@@ -1,0 +1,33 @@
+import math
+
+from rayltr.choice import best
+
+
+def row(trial, balanced, many, few, nll=1.0, state="complete", arm="study"):
+    scores = {"fitted_balanced": balanced, "fitted_many": many, "fitted_few": few, "fitted_nll": nll}
+    return {"trial": trial, "state": state, "p.arm": arm, **{f"m.val.{name}": value for name, value in scores.items()}}
+
+
+def names(rows):
+    return {name: found["trial"] for name, found in best(rows).items()}
+
+
+CONTROL = row("c", 0.5, 0.8, 0.2, arm="control")
+
+
+def test_each_end_has_its_best():
+    rows = [CONTROL, row("a", 0.7, 0.75, 0.6), row("b", 0.6, 0.9, 0.3), row("d", 0.55, 0.5, 0.65)]
+    assert names(rows) == {"balanced": "a", "many": "b", "few": "d", "control": "c"}
+
+
+def test_what_is_worse_than_the_control_on_balance_is_no_choice():
+    assert names([CONTROL, row("a", 0.1, 0.0, 0.9)])["few"] == "c"
+    assert names([row("a", 0.1, 0.0, 0.9)]) == {"balanced": "a", "many": "a", "few": "a"}
+
+
+def test_ties_go_to_the_lower_nll():
+    assert names([row("a", 0.5, 0.5, 0.5, nll=2.0), row("b", 0.5, 0.5, 0.5, nll=1.0)])["balanced"] == "b"
+
+
+def test_failed_and_unmeasured_trials_are_no_choice():
+    assert names([row("a", 0.9, 0.9, 0.9, state="failed"), row("b", math.nan, math.nan, math.nan)]) == {}
