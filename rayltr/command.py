@@ -156,8 +156,8 @@ def usable(device: str | None) -> None:
 
 
 def fitting_batch(images: int) -> int:
-    """Images per step for small sets, so that an epoch has some twenty steps: 16 ... 128."""
-    return max(size for size in (16, 32, 64, 128) if size == 16 or images >= 20 * size)
+    """Images per step for small sets, so that an epoch has ten steps or more: 16 ... 128."""
+    return max(size for size in (16, 32, 64, 128) if size == 16 or images >= 10 * size)
 
 
 def described(source: Fn, data: Data) -> str:

@@ -32,6 +32,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    if not (Path(options.model) / "config.json").is_file():
+        raise ValueError(f"{options.model} is no exported model: it has no config.json")
     items = found(Path(options.images))
     shipping = import_module("rayltr.shipping")  # torch, only now that there is something to classify
     command.usable(options.device)

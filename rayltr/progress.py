@@ -42,7 +42,7 @@ class Progress:
     def moved(self, record: Mapping[str, Any]) -> None:
         """A running trial reports an epoch (or only its start)."""
         number = record["number"]
-        first = number not in self.running
+        first = "epoch" not in self.running.get(number, {})  # its begin and its first epoch are always shown
         self.running[number] = record
         if self.live or not (first or time.monotonic() - self.said > QUIET_S):
             return
@@ -98,6 +98,7 @@ def outcome(row: Mapping[str, Any]) -> str:
 def described(row: Mapping[str, Any]) -> str:
     """The parameters of a trial in one line."""
     params = {name[2:]: value for name, value in row.items() if name.startswith("p.") and value is not None}
+    params = {name: value for name, value in params.items() if (name, value) != ("arm", "study")}
     return " ".join(f"{name}={short(value)}" for name, value in params.items())
 
 

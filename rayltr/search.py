@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,11 +17,11 @@ from typing import Any
 
 from rayltr import command, objectives, records, studies
 from rayltr.catalogue import names
-from rayltr.choice import best, score
 from rayltr.command import FAILED, INTERRUPTED, Refused
-from rayltr.progress import Progress, described
+from rayltr.progress import Progress
 from rayltr.spec import RandomTrial
 from rayltr.studies import Plan, Study
+from rayltr.summary import finished
 
 EPOCHS = 20
 """Length of a chain unless --epochs says otherwise: a look at the data, not the paper's 200 to 400."""
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--list", action="store_true", help="list studies, presets and every name a study may use")
     command.data_options(made)
     group = made.add_argument_group("search")
-    group.add_argument("--trials", type=int, default=12, metavar="N", help="trials in all (default 12)")
+    group.add_argument("--trials", type=int, default=20, metavar="N", help="trials in all (default 20)")
     group.add_argument("--objective", "--objectives", default="balanced_nll", metavar="NAME[,NAME]",
                        help=f"one or more of {', '.join(objectives.OBJECTIVES)} (default balanced_nll)")  # fmt: skip
     group.add_argument("--sampler", choices=("tpe", "nsga2", "random", "gp"), default="tpe")
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     study, plan = asked(options)
     room(options)
     data = command.opened(plan.source)  # type: ignore[arg-type]
-    if plan.batch is None and len(data.train) < 2560:
+    if plan.batch is None and len(data.train) < 1280:
         plan = replace(plan, batch=command.fitting_batch(len(data.train)))
     chosen = {**command.plan_json(plan), "study": study.name, "source": data.digest}
     settled = {**chosen, "objectives": aims, "sampler": options.sampler}
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         again = command.typed("rayltr.search", more, arguments)
         progress.say(f"interrupted; every finished epoch is kept. Go on with:\n  {again}")
         return INTERRUPTED
-    return finished(run, progress, before)
+    return FAILED if finished(run, progress, before) else 0
 
 
 def asked(options: argparse.Namespace) -> tuple[Study, Plan]:
@@ -115,12 +116,25 @@ def checked(study: Study, plan: Plan) -> None:
 
 def room(options: argparse.Namespace) -> None:
     """Raises `Refused` when this machine cannot hold the trials (a cluster is asked once it is joined)."""
+    if options.address is not None:
+        return reachable(options.address)
     have, trials = len(os.sched_getaffinity(0)), max(options.concurrent, 1)
     need = trials * options.workers * options.cpus_per_trial
-    if options.address is None and need > have:
+    if need > have:
         each = f"{options.workers} workers x {options.cpus_per_trial}"
         who = f"{trials} trials at once need" if trials > 1 else "a trial needs"
         raise Refused(f"{who} {need} CPUs ({each}), this machine has {have}")
+
+
+def reachable(address: str) -> None:
+    """Raises `Refused` when nothing listens at HOST:PORT; Ray would knock for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise Refused(f"no Ray cluster answers at {address}: {error}") from error
 
 
 def folder(options: argparse.Namespace, study: Study, plan: Plan, asked: str) -> Path:
@@ -166,44 +180,6 @@ def searched(run: Path, new: bool, options: Any, plan: Plan, aims: tuple[str, ..
         if new and not (run / "store").exists():
             shutil.rmtree(run)
         raise Refused(str(refusal)) from refusal
-
-
-def finished(run: Path, progress: Progress, before: int) -> int:
-    """Prints and writes what was found; the exit code says whether every trial completed."""
-    rows = records.read_trials(run).to_pylist()
-    chosen = best(rows)
-    fields = ("trial", "address", "objective", "recipe")
-    records.save(run / "best.json", json.dumps({
-        name: {**{key: row[key] for key in fields},
-               **{key: value for key, value in row.items() if key[:2] in ("p.", "m.") and value is not None}}
-        for name, row in chosen.items()
-    }, indent=1).encode())  # fmt: skip
-    new = [row for row in rows[before:] if row["state"] == "complete"]
-    asked, trained = (sum(row[f"epochs_{kind}"] for row in new) for kind in ("asked", "trained"))
-    if before == len(rows):
-        progress.say(f"nothing to train: all {len(rows)} trials of this search are stored in {run}")
-    else:
-        progress.say(f"{asked} epochs asked, {trained} trained, {asked - trained} saved: shared or resumed stages")
-    progress.say(shown(chosen))
-    failed = [row for row in rows if row["state"] == "failed"]
-    report = import_module("analysis.report").write(run)  # plotly, only now that there is something to draw
-    progress.say(f"report: {report}")
-    if chosen:
-        progress.say(f"next:   python -m rayltr.export {run} --best balanced --out model")
-    if failed:
-        progress.say(f"{len(failed)} of {len(rows)} trials failed; the report lists them with their errors")
-    return FAILED if failed else 0
-
-
-def shown(chosen: Mapping[str, Mapping[str, Any]]) -> str:
-    """The best configurations as a table; accuracies in percent at fitted tau, validation and (test)."""
-    heads = ("balanced", "many", "medium", "few")
-    lines = [f"{'best by':10}{'trial':>6}" + "".join(f"{head:>15}" for head in heads) + "   validation % (test %)"]
-    for name, row in chosen.items():
-        both = [(score(row, f"fitted_{head}"), row.get(f"m.test.fitted_{head}")) for head in heads]
-        cells = [f"{100 * v:6.1f} ({'-' if t is None else format(100 * t, '.1f')})" for v, t in both]
-        lines.append(f"{name:10}{row['trial']:>6}" + "".join(f"{cell:>15}" for cell in cells) + f"   {described(row)}")
-    return "\n".join(lines) if chosen else "no trial completed"
 
 
 def catalogue_text() -> str:

@@ -21,6 +21,7 @@ LAYERS = [
     {"rayltr.cluster", "rayltr.shipping"},
     {"rayltr.proposals"},
     {"rayltr.tuning"},
+    {"rayltr.summary"},
     {"rayltr.search", "rayltr.export", "rayltr.predict", "rayltr.__main__"},
 ]
 """From the bottom up.  A module imports from lower layers only; inside a package (data, analysis) it is free."""

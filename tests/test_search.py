@@ -75,7 +75,7 @@ def test_a_search_ends_with_records_report_and_the_next_command(done):
     chosen = json.loads((run / "best.json").read_text())
     assert set(chosen) == {"balanced", "many", "few", "control"}
     assert (run / "report.html").stat().st_size > 1_000_000
-    for text in ("epochs asked", "best by", "report:", f"python -m rayltr.export {run}"):
+    for text in ("epochs asked", "best by", "front of many against few", "report:", f"python -m rayltr.export {run}"):
         assert text in process.stdout
     assert "Traceback" not in process.stdout + process.stderr
 

@@ -1,0 +1,77 @@
+"""The end of a search: best.json, what was saved, the best configurations and the front as text, the report."""
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from analysis.load import load
+from analysis.pareto import front
+from rayltr import records
+from rayltr.choice import best, score
+from rayltr.progress import Progress, described
+
+HEADS = ("balanced", "many", "medium", "few")
+SHOWN = 8
+
+
+def finished(run: Path, progress: Progress, before: int) -> int:
+    """Prints and writes what was found; returns how many trials failed.  `before`: rows that were there already."""
+    rows = records.read_trials(run).to_pylist()
+    chosen = best(rows)
+    records.save(run / "best.json", json.dumps({name: kept(row) for name, row in chosen.items()}, indent=1).encode())
+    progress.say(effort(rows, before, run))
+    if chosen:
+        progress.say(f"\n{table(chosen)}\n\n{front_table(run)}\n")
+    report = import_module("analysis.report").write(run)  # plotly, only now that there is something to draw
+    progress.say(f"report: {report}")
+    if chosen:
+        progress.say(f"next:   python -m rayltr.export {run} --best balanced --out model")
+    failed = sum(row["state"] == "failed" for row in rows)
+    if failed:
+        progress.say(f"{failed} of {len(rows)} trials failed; the report lists them with their errors")
+    return failed
+
+
+def kept(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What best.json holds of a trial."""
+    fields = {key: row[key] for key in ("trial", "address", "objective", "recipe")}
+    return fields | {key: v for key, v in row.items() if key[:2] in ("p.", "m.") and v is not None}
+
+
+def effort(rows: Sequence[Mapping[str, Any]], before: int, run: Path) -> str:
+    if before == len(rows):
+        return f"nothing to train: all {len(rows)} trials of this search are stored in {run}"
+    new = [row for row in rows[before:] if row["state"] == "complete"]
+    asked, trained = (sum(row[f"epochs_{kind}"] for row in new) for kind in ("asked", "trained"))
+    return f"{asked} epochs asked, {trained} trained, {asked - trained} saved by shared or resumed stages"
+
+
+def table(chosen: Mapping[str, Mapping[str, Any]]) -> str:
+    """The best configurations; accuracies in percent at fitted tau, validation and (test)."""
+    lines = ["best by     trial" + "".join(f"{head:>15}" for head in HEADS) + "   % on validation (test)"]
+    for name, row in chosen.items():
+        both = [(score(row, f"fitted_{head}"), row.get(f"m.test.fitted_{head}")) for head in HEADS]
+        cells = [f"{percent(val)} ({percent(test)})" for val, test in both]
+        lines.append(f"{name:12}{row['trial']}" + "".join(f"{cell:>15}" for cell in cells))
+    recipes = {row["trial"]: described(row) for row in chosen.values()}
+    return "\n".join([*lines, "", *(f"{trial}: {recipe}" for trial, recipe in sorted(recipes.items()))])
+
+
+def front_table(run: Path) -> str:
+    """The head/tail front over all trials and tau, thinned to a few lines."""
+    trials = [trial for trial in load(run).finished if np.isfinite(trial.points()[:, 1:]).all()]
+    points = np.concatenate([trial.points() for trial in trials])
+    names = np.repeat([trial.row["trial"] for trial in trials], [len(trial.points()) for trial in trials])
+    found = front(points[:, 1:])
+    shown = found[np.unique(np.linspace(0, len(found) - 1, SHOWN).round().astype(int))]
+    lines = [f"front of many against few over all trials and tau ({len(found)} points)", "  many    few  trial    tau"]
+    lines += [f"{percent(points[i, 1])}  {percent(points[i, 2])}  {names[i]}  {points[i, 0]:5.1f}" for i in shown]
+    return "\n".join(lines)
+
+
+def percent(value: float | None) -> str:
+    return "    -" if value is None or np.isnan(value) else f"{100 * value:5.1f}"
