@@ -64,6 +64,8 @@ def table(chosen: Mapping[str, Mapping[str, Any]]) -> str:
 def front_table(run: Path) -> str:
     """The head/tail front over all trials and tau, thinned to a few lines."""
     trials = [trial for trial in load(run).finished if np.isfinite(trial.points()[:, 1:]).all()]
+    if not trials:
+        return "no front: the many or the few classes have no validation images"
     points = np.concatenate([trial.points() for trial in trials])
     names = np.repeat([trial.row["trial"] for trial in trials], [len(trial.points()) for trial in trials])
     found = front(points[:, 1:])
