@@ -9,6 +9,7 @@ import ast
 import difflib
 import hashlib
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -52,8 +53,15 @@ class Signature:
 
 
 def extend(module: ModuleType) -> None:
-    """Makes the functions defined in the user's study file usable by name."""
-    USER.update({k: v for k, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__})
+    """Makes the functions defined in the user's study file usable by name.
+
+    Raises ValueError for a function that is called like one of rayltr's.
+    """
+    own = {k: v for k, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__}
+    for axis in TABLES:
+        if taken := sorted(set(own) & set(names(axis))):
+            raise ValueError(f"{module.__file__} defines {taken[0]}, which is a {word(axis)} of rayltr; rename it")
+    USER.update(own)
 
 
 @cache
@@ -121,7 +129,13 @@ def signature(axis: str, choice: Fn) -> Signature:
         return names(axis)[choice.name]
     if choice.name in USER and axis != "method":
         return _user_signature(USER[choice.name])
-    raise ValueError(f"unknown {WORDS.get(axis, axis)} {choice.name!r}: {nearest(choice.name, names(axis))}")
+    known = {*names(axis), *(USER if axis not in ("method", "source") else ())}
+    raise ValueError(f"unknown {word(axis)} {choice.name!r}: {nearest(choice.name, known)}")
+
+
+def word(axis: str) -> str:
+    """What an entry of an axis is called."""
+    return WORDS.get(axis, axis)
 
 
 def completed(axis: str, choice: Fn) -> Fn:
@@ -130,15 +144,28 @@ def completed(axis: str, choice: Fn) -> Fn:
     Raises ValueError for an unknown name, an unknown keyword or a required keyword left out.
     """
     sign, given = signature(axis, choice), dict(choice.keywords)
-    word = f"{WORDS.get(axis, axis)} {choice.name}"
+    what = f"{word(axis)} {choice.name}"
     for keyword in given:
         if keyword not in sign.keywords and keyword != "code":
-            raise ValueError(f"{word} has no keyword {keyword!r}: {nearest(keyword, sign.keywords)}")
+            raise ValueError(f"{what} has no keyword {keyword!r}: {nearest(keyword, sign.keywords)}")
     if missing := [keyword for keyword in sign.required if keyword not in given]:
-        raise ValueError(f"{word} needs the keyword {missing[0]!r}")
+        raise ValueError(f"{what} needs the keyword {missing[0]!r}")
+    for keyword, value in given.items():
+        _check_kind(what, keyword, value, sign.defaults.get(keyword))
     whole = {key: _like(default, given.get(key, default)) for key, default in sign.defaults.items()}
     extra = {"code": _source_digest(USER[choice.name])} if choice.name not in names(axis) else {}
     return fn(choice.name, **{**given, **whole, **extra})
+
+
+def _check_kind(what: str, keyword: str, value: Any, default: Any) -> None:
+    """Raises ValueError for a value that is no finite number, or not of the default's kind."""
+    for kind, name in ((bool, "true or false"), ((int, float), "a number"), (str, "a name"), (tuple, "a list")):
+        if isinstance(default, kind):
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                raise ValueError(f"{what}: {keyword} is {name}, not {value!r}")
+            break
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{what}: {keyword} is {value}, which is no finite number")
 
 
 def _like(default: Any, value: Any) -> Any:

@@ -70,6 +70,8 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
         if value is not None and not value >= least:  # nan is no number either
             hint = f": did you mean {1 / value:g}?" if name == "ratio" and 0 < value < 1 else ""
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}{hint}")
+    if "://" in getattr(options, "storage", ""):
+        raise ValueError(f"--storage {options.storage} is no folder; a cluster shares one by NFS, say")
     if options.name and (Path(options.name).name != options.name or options.name == ".."):
         raise ValueError(f"--name {options.name} is no name of a folder; --storage says where the folder lies")
     return options
@@ -91,7 +93,7 @@ def data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--epochs", type=int, metavar="E", help="length of a whole chain; every stage keeps its share")
     group.add_argument("--batch", type=int, metavar="B", help="images per step, over all workers")
     group.add_argument("--backbone", metavar="NAME[:ARG]", help="e.g. resnet32, timm:resnet50, torchvision:resnet18")
-    group.add_argument("--precision", choices=catalogue.PRECISIONS, help="default: bf16 where the processor has it")
+    group.add_argument("--precision", choices=catalogue.PRECISIONS, help="a search: bf16 where the hardware has it")
     group.add_argument("--seed", type=int, metavar="N", help="of weights and batches (default: the recipe's own, 0)")
 
 
@@ -129,7 +131,9 @@ def plan_of(options: argparse.Namespace, place: str, default: Stage) -> Plan:
 
 
 def native_precision() -> str:
-    """bf16 where the processor computes in it, else fp32: elsewhere it is emulated and slower."""
+    """bf16 where a GPU or the processor computes in it, else fp32: elsewhere it is emulated and slower."""
+    if Path("/proc/driver/nvidia/version").exists():
+        return "bf16"
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:

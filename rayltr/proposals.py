@@ -13,7 +13,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from rayltr import records
 from rayltr.objectives import OBJECTIVES, direction, values
-from rayltr.studies import CONTROL, Plan, find
+from rayltr.studies import CONTROL, STUDY, Plan, find
 
 SAMPLERS = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True),
@@ -30,7 +30,11 @@ class Space:
         self.plan = plan
 
     def __call__(self, trial: Any) -> dict[str, Any]:
-        find(self.plan.study)(trial)
+        """The constants of the trial: its number and, for a point that is no valid chain, what is `broken` there."""
+        try:
+            self.plan.changed(find(self.plan.study)(trial))
+        except ValueError as error:
+            return {"number": trial.number, "broken": str(error)}
         return {"number": trial.number}
 
 
@@ -57,9 +61,9 @@ def ended(run: str) -> list[dict[str, Any]]:
 
 
 def asked_study(run: str, objectives: tuple[str, ...], trials: int) -> optuna.Study:
-    """The Optuna study of a run: its journal, with the trials that a crash left open asked again first.
+    """The Optuna study of a run: its journal, in which the trials that a crash left open are asked again.
 
-    A new study begins with the control arm, then with the point of each arm that the sampler is free to fill.
+    Which arm each trial has is laid down from the start (see `arms`); the sampler fills the rest.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # TPE's `group`, which we want
@@ -80,12 +84,12 @@ def asked_study(run: str, objectives: tuple[str, ...], trials: int) -> optuna.St
         study.tell(trial.number, state=TrialState.FAIL)
         if told is None:
             study.enqueue_trial(trial.params)
-    if not study.trials:
-        for arm in arms(trials):
-            study.enqueue_trial({"arm": arm})
+    for arm in arms(trials)[study.user_attrs.get("arms", 0) :]:
+        study.enqueue_trial({"arm": arm})
+    study.set_user_attr("arms", max(trials, study.user_attrs.get("arms", 0)))
     return study
 
 
 def arms(trials: int) -> list[str]:
     """The arm of each trial, as enqueued: the first and then every fifth is the control's."""
-    return [CONTROL if number % 5 == 0 else "study" for number in range(trials)]
+    return [CONTROL if number % 5 == 0 else STUDY for number in range(trials)]

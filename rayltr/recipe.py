@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif records.read_run(run).get("settled") != json.loads(json.dumps({"recipe": dump(stage)})):
         raise Refused(f"{run} is a run of another recipe; choose another --name")
     print(command.described(stage.source, data))
+    for warning in data.manifest["warnings"]:
+        print(f"note: {warning}")
     print(f"{len(chain(stage))} stage(s), {command.length(stage)} epochs; everything goes to {run}", flush=True)
     return trained(run, name, stage, params, options)
 
@@ -86,7 +88,9 @@ def own_files(recipe: Path) -> list[Path]:
     """The files that may define functions of a recipe: a study itself, or what a run or an export keeps of it."""
     if recipe.suffix == ".py":
         return [recipe]
-    return sorted(recipe.glob("*.py") if recipe.is_dir() else recipe.parent.glob("study.py"))
+    if recipe.suffix == ".json":
+        return sorted(recipe.parent.glob("study.py"))
+    return sorted(recipe.glob("*.py")) if (recipe / "run.json").exists() else []
 
 
 def recipe_in(path: Path) -> Stage:

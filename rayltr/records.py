@@ -128,6 +128,8 @@ def read_run(folder: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{os.fspath(folder)} is not a run folder: it has no run.json") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {place}: {_line(error)}") from None
+    if not isinstance(run, dict):
+        raise ValueError(f"{place} is not the run.json of a run")
     if run.get("schema") != SCHEMA:
         theirs = f"schema {run.get('schema')}, this rayltr reads {SCHEMA}"
         raise ValueError(f"{os.fspath(folder)} was made by an incompatible version ({theirs})")

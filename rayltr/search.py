@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan = replace(plan, batch=command.fitting_batch(len(data.train)))
     chosen = {**command.plan_json(plan), "study": study.name, "source": data.digest}
     settled = {**chosen, "objectives": aims, "sampler": options.sampler}
-    run = folder(options, study, plan, command.fingerprint(settled, study.file.read_text()))
+    run = folder(options, study, plan, command.fingerprint(settled, study.file.read_bytes().hex()))
     new = begin(run, options, study, settled, data, arguments)
     if plan.study != study.name:  # a file of the user's: what is edited meanwhile must not change a running search
         plan = replace(plan, study=str(run / f"{study.name}.py"))
@@ -104,12 +104,17 @@ def asked(options: argparse.Namespace) -> tuple[Study, Plan]:
 
 def checked(study: Study, plan: Plan) -> None:
     """Completes random points of both arms and every preset.  Raises ValueError for the first that cannot be."""
+    ranges: dict[str, str] = {}
     for seed in range(CHECKED):
-        trial = RandomTrial(seed)
-        plan.changed(study.point(studies.STUDY, trial))
-        if wrong := [name for name in trial.asked if name in ("arm", "number") or "/" in name]:
-            raise ValueError(f"the study {study.name} has a parameter {wrong[0]!r}; arm, number and / are taken")
-    plan.changed(study.point(studies.CONTROL, RandomTrial(0)))
+        for arm in (studies.STUDY, studies.CONTROL):
+            trial = RandomTrial(seed)
+            plan.changed(study.point(arm, trial))
+            for name, drawn in trial.ranges.items():
+                if name in ("arm", "number", "broken") or "/" in name:
+                    raise ValueError(f"the study {study.name} has a parameter {name!r}; choose a name without /")
+                if ranges.setdefault(name, drawn) != drawn:
+                    raise ValueError(f"the study {study.name} draws {name} from {ranges[name]} and from {drawn}; "
+                                     "one name has one range")  # fmt: skip
     for params in study.presets.values():
         plan.stage(study, {"arm": studies.STUDY, **params})
 
@@ -149,7 +154,7 @@ def begin(run: Path, options: Any, study: Study, settled: Mapping, data: Any, ar
     settled = json.loads(json.dumps(settled))
     if (run / "run.json").exists():
         info = records.read_run(run)
-        if info.get("settled") != settled or (run / f"{study.name}.py").read_text() != study.file.read_text():
+        if info.get("settled") != settled or (run / f"{study.name}.py").read_bytes() != study.file.read_bytes():
             raise Refused(f"{run} is a run with other arguments, data or study; choose another --name")
         ended = records.read_trials(run).num_rows
         if ended < options.trials and not options.resume:

@@ -113,6 +113,8 @@ def scaled(stage: Stage, epochs: int) -> Stage:
     when there are more training stages than epochs.
     """
     trained = [s for s in chain(stage) if s.epochs]
+    if not trained:
+        return stage
     if epochs < len(trained):
         raise ValueError(f"{epochs} epochs are too few for a chain of {len(trained)} training stages")
     total, cuts, done, given = sum(s.epochs for s in trained), {}, 0, 0
@@ -246,19 +248,27 @@ class FixedTrial:
 
 
 class RandomTrial:
-    """Draws a random point of a space, to check a space before it is searched.  `asked` holds what was drawn."""
+    """Draws a random point of a space, to check a space before it is searched.
+
+    `asked` holds what was drawn, `ranges` what each parameter was drawn from.
+    """
 
     def __init__(self, seed: int):
         self.random = random.Random(seed)
         self.asked: dict[str, Any] = {}
+        self.ranges: dict[str, str] = {}
+
+    def _drawn(self, name: str, value: Any, *range: Any) -> Any:
+        self.ranges[name] = ", ".join(map(str, range))
+        return self.asked.setdefault(name, value)
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        return self.asked.setdefault(name, self.random.choice(choices))
+        return self._drawn(name, self.random.choice(choices), list(choices))
 
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
     ) -> float:
-        return self.asked.setdefault(name, self.random.uniform(low, high))
+        return self._drawn(name, self.random.uniform(low, high), low, high)
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        return self.asked.setdefault(name, self.random.randint(low, high))
+        return self._drawn(name, self.random.randint(low, high), low, high)

@@ -1,7 +1,7 @@
 """Studies by name or by file, and the plan that turns a point of a study's space into a chain for the user's data."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -87,9 +87,30 @@ def _study(module: ModuleType, name: str) -> Study:
     if not isinstance(paper, Mapping):
         raise ValueError(f"PAPER of the study {name} is a dict of parameters, or of such dicts by name, not {paper!r}")
     presets = paper if all(isinstance(value, Mapping) for value in paper.values()) else {"paper": paper}
-    control = getattr(module, "control", default_control.control)
+    control = getattr(module, "control", apart)
     assert module.__file__ is not None
     return Study(name, module.space, control, presets, getattr(module, "PUBLISHED", {}), Path(module.__file__))
+
+
+def apart(trial: Trial) -> Stage:
+    """The default control arm, under parameter names of its own: a study may use the same words for other ranges."""
+    return default_control.control(Renamed(trial))
+
+
+class Renamed:
+    """A trial whose parameters are called `control.<name>`."""
+
+    def __init__(self, trial: Trial):
+        self.trial = trial
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self.trial.suggest_categorical(f"control.{name}", choices)
+
+    def suggest_float(self, name: str, *range: Any, **how: Any) -> float:
+        return self.trial.suggest_float(f"control.{name}", *range, **how)
+
+    def suggest_int(self, name: str, *range: Any, **how: Any) -> int:
+        return self.trial.suggest_int(f"control.{name}", *range, **how)
 
 
 def sound(stage: Any, origin: str) -> Stage:

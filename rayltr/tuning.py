@@ -23,7 +23,6 @@ import ray
 from ray import tune
 
 from rayltr import records
-from rayltr.catalogue import complete
 from rayltr.choice import best
 from rayltr.objectives import direction, values
 from rayltr.progress import Progress
@@ -66,14 +65,17 @@ def run_trial(config: dict[str, Any], settings: Settings) -> None:
 
     Never raises for what goes wrong inside the trial: the error is the trial's result.
     """
-    params = {key: value for key, value in config.items() if key != "number"}
     blank = dict.fromkeys(settings.objectives, math.nan)
     facts = {"number": config["number"], "final": 0, "started": time.time(), **blank}
     tune.report(facts)
     try:
+        if "broken" in config:
+            raise ValueError(config["broken"])
         # torch belongs in the actor: importing it in the driver would delay every start by seconds
         place = "rayltr.cluster" if settings.workers > 1 else "rayltr.trial"
-        found = import_module(place).for_search(settings, params, lambda record: tune.report({**facts, **record}))
+        found = import_module(place).for_search(
+            settings, drawn(config), lambda record: tune.report({**facts, **record})
+        )
     except Exception as error:
         failed = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
         tune.report({**facts, "final": 1, "state": "failed", **failed})
@@ -106,10 +108,14 @@ class Recorder(tune.Callback):
         self.progress.ended(row)
 
 
+def drawn(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a trial: its Tune configuration without our own constants."""
+    return {key: value for key, value in config.items() if key not in ("number", "broken")}
+
+
 def trial_row(settings: Settings, config: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
-    params = {key: value for key, value in config.items() if key != "number"}
     study = find(settings.plan.study)
-    stage = settings.plan.stage(study, params)
+    stage = None if "broken" in config else settings.plan.stage(study, drawn(config))
     metrics = {f"m.val.{name}": value for name, value in result.get("metrics", {}).items()}
     errors = result.get("traceback") or result.get("error")
     return {
@@ -120,16 +126,16 @@ def trial_row(settings: Settings, config: Mapping[str, Any], result: Mapping[str
         "address": result.get("address"),
         "seed": settings.plan.seed,
         "classes": result.get("classes"),
-        "epochs_asked": sum(own.epochs for own in chain(stage)),
+        "epochs_asked": sum(own.epochs for own in chain(stage)) if stage else 0,
         "epochs_trained": result.get("trained", 0),
         "wall_s": result.get("wall_s"),
         "objective": result.get(settings.objectives[0]) if result["state"] == "complete" else None,
         "predictions_val": result.get("predictions"),
         "error": errors,
-        "recipe": json.dumps(dump(complete(stage))),
+        "recipe": json.dumps(dump(stage)) if stage else None,
         "started": datetime.fromtimestamp(result["started"], UTC),
         "ended": datetime.now(UTC),
-        **{f"p.{name}": value for name, value in params.items()},
+        **{f"p.{name}": value for name, value in drawn(config).items()},
         **metrics,
     }
 

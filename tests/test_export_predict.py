@@ -28,7 +28,7 @@ STUDY = """
 from torch.nn.functional import cross_entropy
 from rayltr.spec import Stage, fn
 
-PAPER = {"plain": {"gamma": 1.0}, "bad": {"gamma": float("inf")}}
+PAPER = {"plain": {"gamma": 1.0}, "bad": {"gamma": 1e39}}
 
 def heavier(logits, target, counts, *, gamma=1.0):
     return gamma * cross_entropy(logits, target, reduction="none")

@@ -26,7 +26,7 @@ LAYERS = [
 ]
 """From the bottom up.  A module imports from lower layers only; inside a package (data, analysis) it is free."""
 
-INSIDE = {"rayltr.data", "analysis", "search_spaces"}
+INSIDE = {"rayltr.data", "rayltr.methods", "analysis", "search_spaces"}
 ALLOWED = {
     ("rayltr.export", "rayltr.recipe"),
 }

@@ -3,6 +3,8 @@ import textwrap
 import pytest
 
 from rayltr import catalogue, studies
+from rayltr.proposals import Space
+from rayltr.search import checked
 from rayltr.spec import FixedTrial, RandomTrial, Stage, chain, digest, end, fn, parse
 from rayltr.spec import dump as dumped
 from rayltr.studies import CONTROL, STUDY, Plan
@@ -94,9 +96,8 @@ def test_a_file_is_a_study_with_its_own_loss_and_the_default_control(tmp_path):
     assert study.name == "my_space" and study.presets == {"paper": {"gamma": 2.0}}
     stage = Plan(str(path)).stage(study, {"arm": STUDY, "gamma": 2.0})
     assert stage.loss.get("gamma") == 2.0 and len(stage.loss.get("code")) == 16
-    assert Plan(str(path)).stage(
-        study, {"arm": CONTROL, "lr": 0.1, "weight_decay": 5e-4, "flip": 0.5, "schedule": "cosine"}
-    )
+    plain = {"control.lr": 0.1, "control.weight_decay": 5e-4, "control.flip": 0.5, "control.schedule": "cosine"}
+    assert Plan(str(path)).stage(study, {"arm": CONTROL, **plain}), "its parameters have names of their own"
 
 
 @pytest.mark.parametrize(
@@ -119,3 +120,39 @@ def test_unknown_studies_are_refused_with_what_exists():
         studies.find("bag_of_trick")
     with pytest.raises(ValueError, match="no study file missing.py"):
         studies.find("missing.py")
+
+
+def test_a_broken_range_is_found_before_a_search(tmp_path):
+    """Optuna wants one range per name."""
+    path = tmp_path / "two_ranges.py"
+    path.write_text(
+        OWN
+        + """
+def control(trial):
+    return Stage(source=fn("digits"), epochs=4, loss=fn("focal", gamma=trial.suggest_float("gamma", 0, 9)))
+"""
+    )
+    study = studies.find(str(path))
+    with pytest.raises(ValueError, match="draws gamma from 0.5, 3 and from 0, 9; one name has one range"):
+        checked(study, Plan(str(path)))
+
+
+def test_a_point_that_breaks_is_said_to_be_broken(tmp_path):
+    """A rare point that is no chain fails its trial, not the search."""
+    path = tmp_path / "rare.py"
+    path.write_text(OWN.replace("epochs=4", "epochs=4 if trial.suggest_categorical('a', [0, 1]) else -4"))
+    studies.find(str(path))
+
+    class Numbered(FixedTrial):
+        number = 7
+
+    space = Space(Plan(str(path)))
+    assert space(Numbered({"arm": STUDY, "a": 1, "gamma": 1.0})) == {"number": 7}
+    assert "-4" in space(Numbered({"arm": STUDY, "a": 0, "gamma": 1.0}))["broken"]
+
+
+def test_a_name_that_is_taken_is_refused(tmp_path):
+    path = tmp_path / "taken.py"
+    path.write_text(OWN + "def focal(logits, target, counts):\n    return logits\n")
+    with pytest.raises(ValueError, match="defines focal, which is a loss of rayltr; rename it"):
+        studies.find(str(path))

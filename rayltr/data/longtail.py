@@ -51,7 +51,7 @@ def long_tail_counts(n_max: int, classes: int, ratio: float, profile: str = "exp
     # A whole number that floating point misses by a hair (49 * (1 / 49)) counts as that number.
     counts = [int(n_max * PROFILES[profile](i, classes, ratio) * (1 + 1e-12)) for i in range(classes)]
     if min(counts) < 1:
-        raise ValueError(f"ratio {ratio:g} leaves no image in the smallest class: the largest has only {n_max}")
+        raise ValueError(f"ratio {ratio:g} leaves no image in the smallest class, with {n_max} in the largest")
     return counts
 
 

@@ -103,7 +103,9 @@ def _protocol(pool: Pool, ratio: float | None, validation: str | None, paper_spl
     if protocol not in possible:
         raise ValueError(f"validation {protocol} needs {NEEDS[protocol]}; possible here: {', '.join(possible)}")
     if paper_split and protocol in ("cv", "holdout"):
-        raise ValueError(f"paper_split keeps all training images, but validation {protocol} takes some: use surplus")
+        raise ValueError(
+            f"paper_split needs a ratio: validation {protocol} takes training images, paper_split keeps all"
+        )
     if not 0 <= fold < protocols.FOLDS or (fold and protocol != "cv"):
         raise ValueError(
             f"fold {fold} does not exist: folds are 0 to {protocols.FOLDS - 1}, and only with validation cv"

@@ -90,7 +90,7 @@ def test_every_profile_falls_from_n_max_to_n_max_over_ratio(profile, ratio):
         ((500, 100, 0.01), r"ratio is largest/smallest class: did you mean 100\?"),
         ((500, 100, -2), "ratio -2 is below 1"),
         ((500, 100, float("nan")), "ratio nan is below 1"),
-        ((5, 10, 100), "leaves no image in the smallest class: the largest has only 5"),
+        ((5, 10, 100), "leaves no image in the smallest class, with 5 in the largest"),
         ((5, 1, 2), "at least 2 classes"),
         ((5, 10, 2, "linear"), "no profile 'linear'; profiles: exponential, step, pareto"),
     ],

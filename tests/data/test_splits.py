@@ -271,7 +271,7 @@ def test_the_manifest_is_json_and_tells_the_draw():
         (pool_of([9] * 3), {"validation": "loo"}, "no validation protocol 'loo'; protocols: official, surplus, cv"),
         (pool_of([9] * 3), {"validation": "official"}, "own val split; possible here: cv, holdout"),
         (pool_of([9] * 3), {"validation": "surplus"}, "needs a ratio, which leaves images over; possible here: cv"),
-        (pool_of([9] * 3), {"paper_split": True}, "paper_split keeps all training images, but validation cv takes"),
+        (pool_of([9] * 3), {"paper_split": True}, "paper_split needs a ratio: validation cv takes training images"),
         (pool_of([9] * 3), {"fold": 5}, "folds are 0 to 4"),
         (pool_of([9] * 3), {"fold": -1}, "folds are 0 to 4"),
         (pool_of([50] * 3), {"ratio": 2, "fold": 1}, "only with validation cv"),
