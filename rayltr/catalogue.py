@@ -177,8 +177,8 @@ def _like(default: Any, value: Any) -> Any:
 
 
 def _source_digest(function: Callable) -> str:
-    """A user's function is part of a stage's identity by its text: an edited loss never meets old weights."""
-    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
+    """A user's function is part of a stage's identity by its whole file: it may use anything in it."""
+    return hashlib.sha256(Path(function.__code__.co_filename).read_bytes()).hexdigest()[:16]
 
 
 def complete(stage: Stage) -> Stage:
@@ -218,3 +218,8 @@ def _check_resume(stage: Stage, before: Stage) -> None:
     for axis in ("source", "backbone", "head"):
         if getattr(stage, axis) != getattr(before, axis):
             raise ValueError(f"a stage that resumes another keeps its {axis} ({getattr(before, axis).name}); use init=")
+    one, other = (s.optimiser.get("base", s.optimiser.name) for s in (stage, before))
+    if one != other:
+        raise ValueError(f"a stage that resumes another goes on with its optimiser ({other}), not {one}; use init=")
+    if stage.method.get("frozen") != before.method.get("frozen"):
+        raise ValueError("a stage that resumes another trains the same weights; use init= to freeze or thaw some")

@@ -1,16 +1,19 @@
 """What the commands share: options, exit codes, one clear line for every error."""
 
 import argparse
+import fcntl
 import hashlib
 import json
+import os
 import platform
 import shlex
+import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from rayltr import catalogue, records
 from rayltr.data import Data, load, recognise
@@ -131,7 +134,7 @@ def plan_of(options: argparse.Namespace, place: str, default: Stage) -> Plan:
 
 
 def native_precision() -> str:
-    """bf16 where a GPU or the processor computes in it, else fp32: elsewhere it is emulated and slower."""
+    """bf16 where there is an NVIDIA GPU or the processor computes in it, else fp32: elsewhere it is emulated."""
     if Path("/proc/driver/nvidia/version").exists():
         return "bf16"
     try:
@@ -219,6 +222,22 @@ def begin(run: Path, study: str, data: Data, options: argparse.Namespace, more: 
         records.write_run(run, info)
     except OSError as error:
         raise Refused(f"the storage {run.parent} cannot be written: {error}") from error
+
+
+def locked(run: Path) -> IO[str]:
+    """Keeps other commands from writing to a run while the file is open.  Raises `Refused` when another one does."""
+    lock = open(run / "lock", "a+")  # noqa: SIM115 - the caller holds it
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        raise Refused(f"{run} is in use: {lock.read()} writes to it") from error
+    except OSError:  # some network file systems have no locks
+        return lock
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    return lock
 
 
 def length(stage: Stage) -> int:

@@ -55,8 +55,8 @@ class State:
     """A training run at the end of an epoch; enough to go on bit for bit.
 
     model: the complete state of the method.  kept: the names that later stages and exports may read.
-    optimiser: state tensors by parameter position and name.  epoch: the clock.  history: one dict per
-    epoch and term (stage-relative facts for the records): epoch, metric, value, wall_s.
+    optimiser: state tensors by parameter position and name.  epoch: the clock.  history: one record per epoch of this
+    stage (see `rayltr.train.checked`).
     """
 
     model: dict[str, Tensor]

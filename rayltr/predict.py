@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayltr import command
+from rayltr import command, studies
 from rayltr.command import Refused
 from rayltr.data.folders import images_in
 from rayltr.data.images import Files, Items, decode_all
@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (Path(options.model) / "config.json").is_file():
         raise ValueError(f"{options.model} is no exported model: it has no config.json")
     items = found(Path(options.images))
+    if (Path(options.model) / "study.py").exists():
+        studies.find(str(Path(options.model) / "study.py"))  # its backbone may be the user's own
     shipping = import_module("rayltr.shipping")  # torch, only now that there is something to classify
     command.usable(options.device)
     device = shipping.place(options.device)

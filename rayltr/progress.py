@@ -16,7 +16,7 @@ QUIET_S = 15.0
 
 
 class Progress:
-    """Told of every report of every trial.  `out` None is standard output."""
+    """Told of every report of every trial."""
 
     def __init__(self) -> None:
         self.console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())

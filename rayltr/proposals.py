@@ -54,6 +54,8 @@ class StudySearch(OptunaSearch):
             isinstance(value, (int, float)) and math.isfinite(value) for value in found
         )
         super().on_trial_complete(trial_id, result if good else None, error=not good)
+        if result and result.get("state") == "interrupted":
+            self._ot_study.enqueue_trial(asked.params)  # type: ignore[attr-defined]
 
 
 def ended(run: str) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ The run folder it leaves is that of a search with one trial: reports, exports an
 import argparse
 import json
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import import_module
@@ -47,18 +48,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data = command.opened(stage.source)
     command.usable(options.device)
     run = Path(options.storage).absolute() / (options.name or f"{name}-{digest(stage)[:8]}")
+    settled = {"recipe": dump(stage), "data": data.digest}
     if not (run / "run.json").exists():
-        more = {"command": command.typed("rayltr.train", [], arguments), "settled": {"recipe": dump(stage)}}
+        more = {
+            "command": command.typed("rayltr.train", [], arguments),
+            "settled": {"recipe": dump(stage), "data": data.digest},
+        }
         command.begin(run, name, data, options, more)
         for file in own_files(Path(options.recipe)):
             records.save(run / file.name, file.read_bytes())
-    elif records.read_run(run).get("settled") != json.loads(json.dumps({"recipe": dump(stage)})):
-        raise Refused(f"{run} is a run of another recipe; choose another --name")
+    elif records.read_run(run).get("settled") != json.loads(json.dumps(settled)):
+        raise Refused(f"{run} is a run of another recipe or of other data; choose another --name")
     print(command.described(stage.source, data))
     for warning in data.manifest["warnings"]:
         print(f"note: {warning}")
     print(f"{len(chain(stage))} stage(s), {command.length(stage)} epochs; everything goes to {run}", flush=True)
-    return trained(run, name, stage, params, options)
+    with command.locked(run):
+        return trained(run, name, stage, params, options)
 
 
 def asked(options: argparse.Namespace) -> tuple[str, Stage, dict[str, Any]]:
@@ -109,6 +115,8 @@ def recorded(run: Path, trial: str | None) -> Mapping[str, Any]:
     rows = {row["trial"]: row for row in records.read_trials(run).to_pylist()}
     if trial is None or trial not in rows:
         raise ValueError(f"which --trial? {run} has {', '.join(rows) or 'no trials'}")
+    if not rows[trial]["recipe"]:
+        raise ValueError(f"trial {trial} has no recipe: {rows[trial]['error']}")
     return rows[trial]
 
 
@@ -126,8 +134,12 @@ def trained(run: Path, name: str, stage: Stage, params: dict[str, Any], options:
     work = trial.Trial(stage, trial.Store(run / "store"), resources=resources, report=Lines())
     try:
         found = work.run()
-    except ValueError as error:  # it diverged, or its stages do not fit together
-        raise Refused(f"the recipe cannot be trained: {error}", FAILED) from error
+    except OSError:
+        raise
+    except Exception as error:  # it diverged, its stages do not fit together, or the user's own code fails
+        records.save(run / "error.txt", traceback.format_exc().encode())
+        text = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
+        raise Refused(f"the recipe cannot be trained: {text} (more in {run / 'error.txt'})", FAILED) from error
     path, scores = work.test()
     row = {
         "study": name,
@@ -150,9 +162,8 @@ def trained(run: Path, name: str, stage: Stage, params: dict[str, Any], options:
         **{f"m.val.{key}": value for key, value in found.metrics.items()},
         **{f"m.test.{key}": value for key, value in scores.items()},
     }
-    opened = not records.read_trials(run).num_rows
-    if opened:
-        records.append_epochs(run, [{"trial": "0000", **epoch} for epoch in found.epochs])
+    records.append_epochs(run, [{"trial": "0000", **epoch} for epoch in found.epochs])
+    if not records.read_trials(run).num_rows:
         info = records.read_run(run)
         opening = {"when": row["ended"].isoformat(timespec="seconds"), "trials": ["0000"]}
         records.write_run(run, {**info, "openings": [*info["openings"], opening]})

@@ -3,7 +3,7 @@
     run.json                     what was asked, of what data, by which versions
     records/trials.parquet       a row per trial; `p.<name>` its parameters (null: not active), `m.<name>` its metrics
     records/epochs.parquet       a row per trial, stage, epoch, split and metric
-    store/**/*.predictions       logits of one split, one column per head
+    store/*/*.parquet            logits of one split, one column per head
 
 Every file appears whole: it is written beside its place and renamed.  There is one writer, the driver.  A folder may
 be a local path or a URI that `pyarrow.fs` knows (`s3://...`).  Parquet keeps the tables open to DuckDB, Polars, pandas.

@@ -80,13 +80,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     progress.say(command.described(plan.source, data))  # type: ignore[arg-type]
     for warning in data.manifest["warnings"]:
         progress.say(f"note: {warning}")
-    before = records.read_trials(run).num_rows
-    if not searched(run, new, options, plan, aims, progress):
-        more = [*(() if options.resume else ("--resume",)), *(() if options.name else ("--name", run.name))]
-        again = command.typed("rayltr.search", more, arguments)
-        progress.say(f"interrupted; every finished epoch is kept. Go on with:\n  {again}")
-        return INTERRUPTED
-    return FAILED if finished(run, progress, before) else 0
+    with command.locked(run):
+        before = records.read_trials(run).num_rows
+        if searched(run, new, options, plan, aims, progress):
+            return FAILED if finished(run, progress, before) else 0
+    more = [*(() if options.resume else ("--resume",)), *(() if options.name else ("--name", run.name))]
+    again = command.typed("rayltr.search", more, arguments)
+    progress.say(
+        f"interrupted; each running trial loses {options.snapshot_seconds:g} s at most. Go on with:\n  {again}"
+    )
+    return INTERRUPTED
 
 
 def asked(options: argparse.Namespace) -> tuple[Study, Plan]:

@@ -250,7 +250,7 @@ class FixedTrial:
 class RandomTrial:
     """Draws a random point of a space, to check a space before it is searched.
 
-    `asked` holds what was drawn, `ranges` what each parameter was drawn from.
+    `asked` holds what was drawn, `ranges` what each parameter was drawn from (choices, or the kind of numbers).
     """
 
     def __init__(self, seed: int):
@@ -258,8 +258,8 @@ class RandomTrial:
         self.asked: dict[str, Any] = {}
         self.ranges: dict[str, str] = {}
 
-    def _drawn(self, name: str, value: Any, *range: Any) -> Any:
-        self.ranges[name] = ", ".join(map(str, range))
+    def _drawn(self, name: str, value: Any, kind: Any) -> Any:
+        self.ranges[name] = str(kind)
         return self.asked.setdefault(name, value)
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
@@ -268,7 +268,9 @@ class RandomTrial:
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
     ) -> float:
-        return self._drawn(name, self.random.uniform(low, high), low, high)
+        value = self.random.uniform(low, high)
+        value = low + step * int((value - low) / step) if step else value
+        return self._drawn(name, value, "logarithmic numbers" if log else "numbers")
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        return self._drawn(name, self.random.randint(low, high), low, high)
+        return self._drawn(name, self.random.randrange(low, high + 1, step), "whole numbers")

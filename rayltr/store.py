@@ -10,24 +10,18 @@ import hashlib
 import json
 import logging
 import os
-import socket
-import threading
-import time
 import uuid
-from collections.abc import Iterator
 
 from pyarrow import fs as arrow
 from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 
+from rayltr.claims import Claim, take
 from rayltr.interface import State
 from rayltr.records import filesystem
 from rayltr.spec import Stage, dump, end, line, start
 
 log = logging.getLogger(__name__)
-BEAT_S = 5.0
-EXPIRY_S = 60.0
-"""A claim that was not renewed for this long belongs to nobody."""
 
 
 class Store:
@@ -65,15 +59,17 @@ class Store:
         for epoch, partial in self.epochs(stage):
             try:
                 return self._read(stage, epoch, partial)
-            except (ValueError, KeyError, OSError) as error:
+            except (ValueError, KeyError, FileNotFoundError) as error:
                 log.warning("damaged artifact %s at epoch %d is made again: %s", line(stage)[:12], epoch, error)
                 self._remove(stage, epoch, partial)
         return None
 
     def history(self, stage: Stage) -> list[dict]:
         """The epoch records of the longest stored prefix of a stage, without its weights."""
-        found = self.epochs(stage)
-        return json.loads(self._bytes(f"{self._base(stage, *found[0])}.json"))["history"] if found else []
+        for epoch, partial in self.epochs(stage):
+            with contextlib.suppress(ValueError, KeyError):
+                return json.loads(self._bytes(f"{self._base(stage, epoch, partial)}.json"))["history"]
+        return []
 
     def put(self, stage: Stage, state: State, *, partial: bool = False) -> None:
         """Stores a state of the stage, at its end or on the way (`partial`); earlier snapshots of the line go."""
@@ -134,73 +130,7 @@ class Store:
                 self.files.delete_file(beside)
             raise
 
-    @contextlib.contextmanager
-    def claimed(self, stage: Stage, wait_s: float = 1.0) -> Iterator[float]:
-        """Holds the claim on a stage's line, waiting while another living process does; yields the seconds waited."""
-        path, began = f"{self.root}/{line(stage)}/claim", time.monotonic()
-        mine = {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
+    def claim(self, stage: Stage) -> Claim | None:
+        """The claim on a stage's line, or None while another living process holds it."""
         self.files.create_dir(f"{self.root}/{line(stage)}", recursive=True)
-        while not self._take(path, mine):
-            time.sleep(wait_s)
-        over = threading.Event()
-        beat = threading.Thread(target=self._beat, args=(path, mine, over), daemon=True)
-        beat.start()
-        try:
-            yield time.monotonic() - began
-        finally:
-            over.set()
-            beat.join()
-            with contextlib.suppress(OSError):
-                self.files.delete_file(path)
-
-    def _beat(self, path: str, mine: dict, over: threading.Event) -> None:
-        while not over.wait(BEAT_S):
-            with contextlib.suppress(OSError):
-                self._write(path, json.dumps({**mine, "time": time.time()}).encode())
-
-    def _take(self, path: str, mine: dict) -> bool:
-        """Makes the claim if nobody alive holds it.
-
-        Local folders decide by an exclusive create; elsewhere two may win in a blink, which costs work and no result.
-        """
-        body = json.dumps({**mine, "time": time.time()}).encode()
-        try:
-            held = json.loads(self._bytes(path))
-        except FileNotFoundError:
-            return self._create(path, body)
-        except (OSError, ValueError):
-            held = {}
-        if self._alive(held):
-            return False
-        with contextlib.suppress(OSError):
-            self.files.delete_file(path)
-        return self._create(path, body)
-
-    def _create(self, path: str, body: bytes) -> bool:
-        if not isinstance(self.files, arrow.LocalFileSystem):
-            self._write(path, body)
-            return True
-        beside = f"{path}.{uuid.uuid4().hex}.tmp"
-        with open(beside, "wb") as stream:
-            stream.write(body)
-        try:
-            os.link(beside, path)
-        except FileExistsError:
-            return False
-        finally:
-            os.unlink(beside)
-        return True
-
-    @staticmethod
-    def _alive(held: dict) -> bool:
-        if time.time() - held.get("time", 0) > EXPIRY_S:
-            return False
-        if held.get("host") != socket.gethostname():
-            return True
-        try:
-            os.kill(held["pid"], 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            pass
-        return True
+        return take(self.files, f"{self.root}/{line(stage)}/claim")

@@ -135,8 +135,7 @@ def sound(stage: Any, origin: str) -> Stage:
 class Plan:
     """What the command line changes in every chain of a study; None leaves the study's own choice.
 
-    study: name or path.  epochs: length of the whole chain.  resources and places are not here: nothing in a plan is
-    free of influence on the numbers.
+    study: name or path.  epochs: length of the whole chain.  Resources and places are not here: a plan changes numbers.
     """
 
     study: str

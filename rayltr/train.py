@@ -28,7 +28,7 @@ from rayltr import build
 from rayltr.catalogue import complete
 from rayltr.data import Data, Split, load
 from rayltr.interface import Batch, Diverged, Facts, Resources, State
-from rayltr.parallel import agreed, rank, synchronised, world
+from rayltr.parallel import agreed, all_sum, rank, synchronised, world
 from rayltr.spec import Stage, end, start
 
 AHEAD = 4
@@ -142,7 +142,8 @@ def epochs(
             done += len(rows)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value
-        yield checked(epoch + 1, {name: float(value) / steps for name, value in sums.items()}, done, began)
+        means = {name: float(all_sum(torch.as_tensor(total))) / (steps * world()) for name, total in sums.items()}
+        yield checked(epoch + 1, means, done, began)
 
 
 def generators(seed: int, epoch: int, device: torch.device) -> tuple[torch.Generator, torch.Generator]:

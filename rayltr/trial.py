@@ -14,10 +14,13 @@ from rayltr.evaluate import evaluate, tested
 from rayltr.interface import Resources, State
 from rayltr.parallel import agreed, barrier, rank
 from rayltr.records import read_predictions, write_predictions
-from rayltr.spec import Fn, Stage, chain, digest, dump, end, fn, mapped, parents
+from rayltr.spec import Fn, Stage, chain, digest, end, fn, mapped, parents, parse
 from rayltr.store import Store
 from rayltr.studies import find
 from rayltr.train import assembled, facts, predict, train
+
+WAIT_S = 0.5
+"""Seconds between two looks at a stage that another trial is making."""
 
 
 @dataclass
@@ -70,17 +73,21 @@ class Trial:
         """The state at the end of a stage: stored, or trained from the longest stored prefix and stored."""
         if (state := self._stored(stage)) and state.epoch == end(stage):
             return state
-        if rank():  # the first worker holds the claim for all
+        claim = None
+        while True:  # the first worker holds the claim for all; the others must not wait inside a collective for long
+            claim = self.store.claim(self.names[stage]) if rank() == 0 else None
+            if agreed(claim is not None):
+                break
+            time.sleep(WAIT_S)
+        try:
             return self._make(stage)
-        with self.store.claimed(self.names[stage]):
-            return self._make(stage)
+        finally:
+            if claim:
+                claim.release()
 
     def _stored(self, stage: Stage) -> State | None:
-        """The longest stored prefix that every worker sees."""
-        name = self.names[stage]
-        found = self.store.longest(name) if rank() == 0 else None
-        epoch = agreed(found.epoch if found else None)
-        return found if epoch is None or rank() == 0 else self.store.longest(name)
+        """The longest stored prefix, the same for every worker: the first one reads it."""
+        return agreed(self.store.longest(self.names[stage]) if rank() == 0 else None)
 
     def _make(self, stage: Stage) -> State:
         begun = self._stored(stage)
@@ -119,9 +126,10 @@ class Trial:
         if agreed(readable(path) if rank() == 0 else None):
             return path
         state = self.obtain(self.stage)
+        given = {"teacher": self.obtain(self.stage.teacher)} if self.stage.teacher else {}
         if rank() == 0:
             part = part or getattr(data, split)
-            logits = self.logits(state, part)
+            logits = self.logits(state, given, part)
             write_predictions(
                 path,
                 row=np.arange(len(part), dtype=np.int32),
@@ -135,10 +143,8 @@ class Trial:
         barrier()
         return path
 
-    def logits(self, state: State, part: Split) -> dict[str, np.ndarray]:
-        device = self.resources.place()
-        stage = self.stage
-        given = {"teacher": self.obtain(stage.teacher)} if stage.teacher else {}
+    def logits(self, state: State, given: dict[str, State], part: Split) -> dict[str, np.ndarray]:
+        device, stage = self.resources.place(), self.stage
         module, _ = assembled(stage, facts(self.data(stage.source)), given, state, device)
         return predict(module, part, device, stage.precision)
 
@@ -194,11 +200,6 @@ def run(
     return Trial(stage, store, resources=resources, report=report).run()
 
 
-def recipe(stage: Stage) -> str:
-    """The completed chain as JSON, as it is kept in records and exports."""
-    return json.dumps(dump(complete(stage)))
-
-
 def for_search(settings: Any, params: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """A trial of a search as plain data: the `Result` with its paths relative to the run.  `settings`: the search's."""
     stage = settings.plan.stage(find(settings.plan.study), params)
@@ -207,9 +208,13 @@ def for_search(settings: Any, params: dict[str, Any], report: Callable[[dict[str
     return {**vars(found), "predictions": inside(found.predictions)}
 
 
-def for_test(settings: Any, params: dict[str, Any]) -> tuple[str, dict[str, float]]:
-    """Test predictions of a finished trial of a search: their path in the run, and `rayltr.evaluate.tested`."""
-    stage = settings.plan.stage(find(settings.plan.study), params)
+def for_test(settings: Any, recipe: str) -> tuple[str, dict[str, float]]:
+    """Test predictions of a finished trial of a search: their path in the run, and `rayltr.evaluate.tested`.
+
+    recipe: the chain as the records hold it.
+    """
+    find(settings.plan.study)  # its functions may be part of the recipe
+    stage = parse(json.loads(recipe))
     trial = Trial(stage, Store(f"{settings.run}/store"), resources=Resources(threads=settings.cpus))
     path, metrics = trial.test()
     return inside(path), metrics

@@ -78,7 +78,9 @@ def run_trial(config: dict[str, Any], settings: Settings) -> None:
         )
     except Exception as error:
         failed = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-        tune.report({**facts, "final": 1, "state": "failed", **failed})
+        # what the machine did is no verdict on the recipe: such a trial is asked again
+        state = "interrupted" if isinstance(error, OSError) else "failed"
+        tune.report({**facts, "final": 1, "state": state, **failed})
         return
     metrics = found.pop("metrics")
     tune.report({**facts, **found, **values(metrics, settings.objectives), "metrics": metrics, "final": 1,
@@ -90,22 +92,30 @@ class Recorder(tune.Callback):
 
     def __init__(self, settings: Settings, progress: Progress):
         self.settings, self.progress = settings, progress
+        self.error: OSError | None = None
+
+    def written(self, row: dict[str, Any], epochs: list[dict[str, Any]]) -> None:
+        """Records a trial.  A disk that is full ends the search, but in order: what was found is kept."""
+        try:
+            records.append_epochs(self.settings.run, [{"trial": row["trial"], **epoch} for epoch in epochs])
+            records.append_trial(self.settings.run, row)
+        except OSError as error:
+            self.error = error
+            os.kill(os.getpid(), signal.SIGINT)
+            return
+        self.progress.ended(row)
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         if not result["final"]:
             self.progress.moved(result)
             return
-        row = trial_row(self.settings, trial.config, result)
-        records.append_epochs(self.settings.run, [{"trial": row["trial"], **e} for e in result.get("epochs", [])])
-        records.append_trial(self.settings.run, row)
-        self.progress.ended(row)
+        self.written(trial_row(self.settings, trial.config, result), result.get("epochs", []))
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """The process of a trial died, more often than is retried: out of memory, most likely."""
         error = "the process of the trial died (out of memory, or killed)"
         row = trial_row(self.settings, trial.config, {"state": "failed", "error": error, "started": time.time()})
-        records.append_trial(self.settings.run, row)
-        self.progress.ended(row)
+        self.written(row, [])
 
 
 def drawn(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,14 +174,17 @@ def search(settings: Settings, progress: Progress) -> bool:
             storage=study._storage,
             study_name=study.study_name,
         )
+        recorder = Recorder(settings, progress)
         progress.begin(left, settings.concurrent)
         try:
-            tuner(settings, searcher, left, Recorder(settings, progress)).fit()
+            tuner(settings, searcher, left, recorder).fit()
         finally:
             progress.close()
+        if recorder.error:
+            raise recorder.error
     done = len(ended(settings.run)) >= settings.trials
     if done:
-        unseal(settings)
+        unseal(settings, progress)
         shutil.rmtree(Path(settings.run) / "ray", ignore_errors=True)
     return done
 
@@ -182,29 +195,31 @@ def sealed(run: str) -> list[dict[str, Any]]:
     return [row for row in chosen.values() if not row["predictions_test"]]
 
 
-def unseal(settings: Settings) -> None:
+def unseal(settings: Settings, progress: Progress) -> None:
     """Opens the test split for the chosen trials, once, and notes it in the records and in run.json."""
     rows = sealed(settings.run)
     if not rows:
         return
     remote = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus)(tested)
-    found = ray.get([remote.remote(settings, parameters(row)) for row in rows])
-    for row, (path, metrics) in zip(rows, found, strict=True):
+    asked = [(row, remote.remote(settings, row["recipe"])) for row in rows]
+    opened = []
+    for row, answer in asked:
+        try:
+            path, metrics = ray.get(answer)
+        except Exception as error:  # one failure must not cost the others their scores
+            progress.say(f"no test scores for trial {row['trial']}: {str(error).strip().splitlines()[-1]}")
+            continue
         scores = {f"m.test.{name}": value for name, value in metrics.items()}
         records.append_trial(settings.run, {**row, "predictions_test": path, **scores})
+        opened.append(row["trial"])
     info = records.read_run(settings.run)
-    opening = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "trials": [row["trial"] for row in rows]}
+    opening = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "trials": opened}
     records.write_run(settings.run, {**info, "openings": [*info["openings"], opening]})
 
 
-def tested(settings: Settings, params: dict[str, Any]) -> tuple[str, dict[str, float]]:
+def tested(settings: Settings, recipe: str) -> tuple[str, dict[str, float]]:
     """Runs where the trials ran; see `rayltr.trial.for_test`."""
-    return import_module("rayltr.trial").for_test(settings, params)  # torch stays out of the driver
-
-
-def parameters(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The active parameters of a row of the trials table."""
-    return {name[2:]: value for name, value in row.items() if name.startswith("p.") and value is not None}
+    return import_module("rayltr.trial").for_test(settings, recipe)  # torch stays out of the driver
 
 
 def connect(settings: Settings) -> str:
@@ -242,10 +257,19 @@ def fitted(settings: Settings) -> Settings:
                 f"a trial needs {amount:g} {name} ({per}{settings.cpus if name == 'CPU' else gpus:g}), "
                 f"but the cluster has {have.get(name, 0):g}"
             )
-    fits = min(int(have[name] // amount) for name, amount in need.items() if amount)
+    one = {"CPU": settings.cpus, "GPU": gpus}
+    places = sum(room(node["Resources"], one) for node in ray.nodes() if node["Alive"])
+    fits = min(places // settings.workers, int(have["CPU"] / need["CPU"] + 1e-9))
+    if fits < 1:
+        raise Shortage(f"no machine of the cluster has {settings.cpus} CPUs and {gpus:g} GPUs for a process")
     if settings.concurrent > fits:
         raise Shortage(f"{settings.concurrent} trials at once do not fit: the cluster has room for {fits}")
     return Settings(**{**vars(settings), "gpus": gpus, "concurrent": settings.concurrent or fits})
+
+
+def room(have: Mapping[str, float], one: Mapping[str, float]) -> int:
+    """How many processes that need `one` a machine holds; fractions of a GPU add up to it in spite of rounding."""
+    return min(int(have.get(name, 0) / amount + 1e-9) for name, amount in one.items() if amount)
 
 
 def tuner(settings: Settings, searcher: StudySearch, left: int, recorder: Recorder) -> tune.Tuner:

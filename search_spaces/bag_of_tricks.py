@@ -66,7 +66,8 @@ def space(trial: Trial) -> Stage:
         return classifier(trial, plain)
     loss, head, method = choose_loss(trial)
     change = {"weight": choose_weight(trial, loss), "sampler": choose_sampler(trial), "method": method}
-    if when == "whole":
+    nothing = loss.name in ("cross_entropy", "ldam") and change["weight"] is None and change["sampler"] == plain.sampler
+    if when == "whole" or nothing:  # a deferred trial that changes nothing is the plain one
         return plain.but(loss=loss, head=head, **change)
     switch = trial.suggest_categorical("switch", [0.6, 0.7, 0.8])
     begun = plain.but(epochs=round(EPOCHS * switch), horizon=EPOCHS, head=head)
@@ -125,7 +126,7 @@ def choose_sampler(trial: Trial) -> Fn:
     name = trial.suggest_categorical("sampler", ["instance", "power", "progressive"])
     if name == "power":
         return fn("power", q=trial.suggest_float("q", 0.0, 1.0))
-    return fn("power", q=1.0) if name == "instance" else fn(name)
+    return fn("power") if name == "instance" else fn(name)
 
 
 def classifier(trial: Trial, plain: Stage) -> Stage:
@@ -143,5 +144,5 @@ def classifier(trial: Trial, plain: Stage) -> Stage:
         head=fn("linear" if name == "crt" else "lws"),
         sampler=fn("power", q=0.0),
         optimiser=fn("sgd", lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4),
-        schedule=fn("multistep", warmup=1 / 6, warmup_from=1 / 3, milestones=(0.3, 0.63), gamma=0.1),
+        schedule=fn("multistep", warmup=1 / 6, warmup_from=1 / 3, milestones=(9 / 30, 19 / 30), gamma=0.1),
     )

@@ -3,6 +3,7 @@
 import html
 import importlib
 import json
+import os
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -565,3 +566,10 @@ def test_a_run_without_the_trial_that_is_asked_for(refused, run, tmp_path):
 def test_exports_and_predictions_of_nothing(refused, program, words, message):
     code, error = refused(program, *words)
     assert code == USAGE and message in error
+
+
+def test_a_run_has_one_writer(tmp_path):
+    """A second terminal with --resume must not disturb a search that is running."""
+    with command.locked(tmp_path), pytest.raises(command.Refused, match=f"in use: process {os.getpid()} on"):
+        command.locked(tmp_path)
+    command.locked(tmp_path).close()

@@ -1,13 +1,13 @@
 import json
 import multiprocessing
 import os
-import threading
+import socket
 import time
 
 import pytest
 import torch
 
-from rayltr import store as module
+from rayltr import claims
 from rayltr.interface import State
 from rayltr.spec import digest, fn, line
 from rayltr.store import Store
@@ -121,26 +121,22 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
         Store(tmp_path / "file" / "store")
 
 
-def test_a_second_claim_waits_for_the_first(tmp_path):
-    store, order = Store(tmp_path), []
+def claim_file(folder):
+    return folder / line(STAGE) / "claim"
 
-    def other():
-        with store.claimed(STAGE, wait_s=0.01):
-            order.append("second")
 
-    with store.claimed(STAGE):
-        thread = threading.Thread(target=other)
-        thread.start()
-        time.sleep(0.2)
-        order.append("first")
-    thread.join()
-    assert order == ["first", "second"]
-    assert not (tmp_path / line(STAGE) / "claim").exists()
+def test_a_claim_is_held_by_one_until_it_is_released(tmp_path):
+    store = Store(tmp_path)
+    first = store.claim(STAGE)
+    assert first and store.claim(STAGE) is None
+    assert store.claim(STAGE.but(seed=1)), "another line"
+    first.release()
+    assert not claim_file(tmp_path).exists()
+    store.claim(STAGE).release()
 
 
 def hold_and_die(path):
-    claim = Store(path).claimed(STAGE)
-    claim.__enter__()
+    Store(path).claim(STAGE)
     os._exit(9)
 
 
@@ -148,27 +144,70 @@ def test_the_claim_of_a_dead_process_is_nobodys(tmp_path):
     process = multiprocessing.get_context("spawn").Process(target=hold_and_die, args=(tmp_path,))
     process.start()
     process.join()
-    assert (tmp_path / line(STAGE) / "claim").exists()
-    with Store(tmp_path).claimed(STAGE) as waited:
-        assert waited < 1
+    assert claim_file(tmp_path).exists()
+    assert Store(tmp_path).claim(STAGE)
 
 
-def test_a_claim_from_elsewhere_expires(tmp_path, monkeypatch):
-    store, claim = Store(tmp_path), tmp_path / line(STAGE) / "claim"
-    claim.parent.mkdir()
-    claim.write_text(json.dumps({"owner": "x", "host": "elsewhere", "pid": 1, "time": time.time()}))
-    assert not store._take(str(claim), {"owner": "me", "host": "here", "pid": os.getpid()})
-    monkeypatch.setattr(module, "EXPIRY_S", 0.0)
-    assert store._take(str(claim), {"owner": "me", "host": "here", "pid": os.getpid()})
+def elsewhere(folder, **changes):
+    claim_file(folder).parent.mkdir(exist_ok=True)
+    content = {"owner": "x", "host": "elsewhere", "pid": 1, "time": time.time(), **changes}
+    claim_file(folder).write_text(json.dumps(content))
+
+
+def test_a_claim_from_elsewhere_expires(tmp_path):
+    elsewhere(tmp_path)
+    assert Store(tmp_path).claim(STAGE) is None
+    elsewhere(tmp_path, time=time.time() - claims.EXPIRY_S - 1)
+    assert Store(tmp_path).claim(STAGE)
+
+
+def test_a_living_process_of_this_machine_is_not_robbed(tmp_path):
+    """However long it did not renew its claim: it may have been stopped, or the disk was full."""
+    elsewhere(tmp_path, host=socket.gethostname(), pid=os.getpid(), time=0)
+    assert Store(tmp_path).claim(STAGE) is None
+
+
+def test_a_claim_that_cannot_be_read_is_nobodys(tmp_path):
+    elsewhere(tmp_path)
+    os.truncate(claim_file(tmp_path), 5)
+    assert Store(tmp_path).claim(STAGE)
+
+
+def test_a_fresh_claim_is_not_removed_in_place_of_a_dead_one(tmp_path):
+    store = Store(tmp_path)
+    elsewhere(tmp_path, owner="fresh")
+    assert not claims.removed(store.files, str(claim_file(tmp_path)), {"owner": "dead"})
+    assert json.loads(claim_file(tmp_path).read_text())["owner"] == "fresh"
+
+
+def test_a_claim_that_was_lost_is_left_alone(tmp_path):
+    claim = Store(tmp_path).claim(STAGE)
+    elsewhere(tmp_path, owner="other")
+    claim.release()
+    assert json.loads(claim_file(tmp_path).read_text())["owner"] == "other"
 
 
 def test_a_held_claim_is_renewed(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "BEAT_S", 0.05)
-    claim = tmp_path / line(STAGE) / "claim"
-    with Store(tmp_path).claimed(STAGE):
-        first = json.loads(claim.read_text())["time"]
-        time.sleep(0.3)
-        assert json.loads(claim.read_text())["time"] > first
+    monkeypatch.setattr(claims, "BEAT_S", 0.05)
+    claim = Store(tmp_path).claim(STAGE)
+    first = json.loads(claim_file(tmp_path).read_text())["time"]
+    time.sleep(0.3)
+    assert json.loads(claim_file(tmp_path).read_text())["time"] > first
+    claim.release()
+
+
+def test_a_disk_that_answers_with_an_error_costs_no_artifact(tmp_path, monkeypatch):
+    """An error of the moment is no damage."""
+    store = Store(tmp_path)
+    store.put(STAGE, state(10))
+
+    def fails(path):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(store, "_bytes", fails)
+    with pytest.raises(OSError, match="Too many"):
+        store.longest(STAGE)
+    assert Store(tmp_path).longest(STAGE).epoch == 10
 
 
 def test_another_file_system_works_too(tmp_path):
