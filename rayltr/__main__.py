@@ -19,8 +19,11 @@ def main() -> int:
         del sys.argv[1]
         return command.run(import_module(COMMANDS[name][0]).main)
     lines = [f"  {command:9}{text}" for command, (_, text) in COMMANDS.items()]
+    if name not in ("-h", "--help"):
+        print(f"rayltr: there is no command {name!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
     print("\n".join(["usage: rayltr COMMAND ...", "", *lines, "", "rayltr COMMAND --help says more"]))
-    return 0 if name in ("-h", "--help") else 2
+    return 0
 
 
 if __name__ == "__main__":

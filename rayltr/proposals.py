@@ -69,9 +69,9 @@ def asked_study(run: str, objectives: tuple[str, ...], trials: int) -> optuna.St
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # TPE's `group`, which we want
-    journal = JournalFileBackend(str(Path(run) / "optuna.journal"))
+    storage = JournalStorage(JournalFileBackend(str(Path(run) / "optuna.journal")))
     study = optuna.create_study(
-        storage=JournalStorage(journal),
+        storage=storage,
         study_name="rayltr",
         directions=["minimize" if direction(name) == "min" else "maximize" for name in objectives],
         load_if_exists=True,
@@ -83,9 +83,10 @@ def asked_study(run: str, objectives: tuple[str, ...], trials: int) -> optuna.St
             metrics = {name: told[f"m.val.{name}"] for name in OBJECTIVES.values() if f"m.val.{name}" in told}
             study.tell(trial.number, list(values(metrics, objectives).values()))
             continue
-        study.tell(trial.number, state=TrialState.FAIL)
-        if told is None:
-            study.enqueue_trial(trial.params)
+        if told:
+            study.tell(trial.number, state=TrialState.FAIL)
+        else:  # asked again under its number, with what was drawn for it, before any other
+            storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
     for arm in arms(trials)[study.user_attrs.get("arms", 0) :]:
         study.enqueue_trial({"arm": arm})
     study.set_user_attr("arms", max(trials, study.user_attrs.get("arms", 0)))

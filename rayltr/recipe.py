@@ -31,7 +31,13 @@ def parser() -> argparse.ArgumentParser:
     command.data_options(made)
     group = made.add_argument_group("where it runs")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as torch chooses)")
+    group.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads (default: as torch chooses; for a trial "
+        "of a run, as many as there, because sums depend on it)",
+    )
     group.add_argument("--storage", default="runs", metavar="PATH", help="folder of the runs (default ./runs)")
     group.add_argument("--name", metavar="RUN", help="name of the run (default: from recipe and address)")
     return made
@@ -83,6 +89,8 @@ def asked(options: argparse.Namespace) -> tuple[str, Stage, dict[str, Any]]:
         studies.find(str(file))  # its functions may be part of the recipe
     if is_run:
         row = recorded(path, options.trial)
+        if options.threads is None:  # sums depend on their number, so a trial is trained again with as many
+            options.threads = records.read_run(path)["arguments"].get("cpus_per_trial")
         name, stage = f"{path.name}-{row['trial']}", parse(json.loads(row["recipe"]))
         params = {key[2:]: value for key, value in row.items() if key.startswith("p.") and value is not None}
     else:
@@ -113,8 +121,9 @@ def recorded(run: Path, trial: str | None) -> Mapping[str, Any]:
     """The row of a trial in a run's records.  Raises ValueError for what is no run, or listing the trials it has."""
     records.read_run(run)
     rows = {row["trial"]: row for row in records.read_trials(run).to_pylist()}
+    trial = trial.zfill(4) if trial else trial
     if trial is None or trial not in rows:
-        raise ValueError(f"which --trial? {run} has {', '.join(rows) or 'no trials'}")
+        raise ValueError(f"which --trial? {run} has {', '.join(sorted(rows)) or 'no trials'}")
     if not rows[trial]["recipe"]:
         raise ValueError(f"trial {trial} has no recipe: {rows[trial]['error']}")
     return rows[trial]
@@ -122,7 +131,8 @@ def recorded(run: Path, trial: str | None) -> Mapping[str, Any]:
 
 def preset(study: Study, name: str) -> Mapping[str, Any]:
     if name not in study.presets:
-        raise ValueError(f"the study {study.name} has no preset {name!r}: {nearest(name, study.presets)}")
+        there = nearest(name, study.presets) if study.presets else "it defines no PAPER"
+        raise ValueError(f"--preset {name}: the study {study.name} has no such preset; {there}")
     return study.presets[name]
 
 
@@ -169,7 +179,9 @@ def trained(run: Path, name: str, stage: Stage, params: dict[str, Any], options:
         records.write_run(run, {**info, "openings": [*info["openings"], opening]})
     records.append_trial(run, row)
     print(f"validation: {outcome(row)}")
-    print("test, raw: " + ", ".join(f"{key} {100 * scores[key]:.1f}" for key in ("balanced", "many", "medium", "few")))
+    groups = ("balanced", "many", "medium", "few")
+    print("test: " + ", ".join(f"{group} {100 * scores[f'fitted_{group}']:.1f}" for group in groups)
+          + f"; uncorrected: balanced {100 * scores['balanced']:.1f}")  # fmt: skip
     try:
         print(f"report: {import_module('analysis.report').write(run)}")
     except ModuleNotFoundError as missing:

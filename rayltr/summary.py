@@ -1,6 +1,7 @@
 """The end of a search: best.json, what was saved, the best configurations and the front as text, the report."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +27,7 @@ def finished(run: Path, progress: Progress, before: int) -> int:
     progress.say(effort(rows, before, run))
     if chosen:
         progress.say(f"\n{table(chosen)}\n\n{front_table(run)}\n")
+    run = Path(os.path.relpath(run)) if run.is_relative_to(Path.cwd()) else run
     report = import_module("analysis.report").write(run)  # plotly, only now that there is something to draw
     progress.say(f"report: {report}")
     if chosen:

@@ -487,8 +487,8 @@ def test_a_search_goes_on_when_an_arm_fails(tmp_path, how, error):
     ("words", "message"),
     [
         ([], "which recipe?"),
-        (["bag_of_tricks"], "the study bag_of_tricks has no preset 'paper': known: bsce, "),
-        (["bag_of_tricks", "--preset", "bsc"], "no preset 'bsc': did you mean bsce"),
+        (["bag_of_tricks"], "--preset paper: the study bag_of_tricks has no such preset; known: bsce, "),
+        (["bag_of_tricks", "--preset", "bsc"], "no such preset; did you mean bsce"),
         (["bag_of_tricks", "--preset", "drw_bsce", "--epochs", "1"], "too few for a chain of 2 training stages"),
         (["bag_of_tricks", "--preset", "ce", "--trial", "0001"], "--trial 0001 is of which run?"),
         (["bag_of_tricks", "--preset", "ce", "--epochs", "0"], "--epochs must be at least 1, not 0"),
