@@ -5,7 +5,6 @@ This file parses, checks and prints; nothing heavy is imported before everything
 
 import argparse
 import json
-import os
 import shutil
 import socket
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 from rayltr import command, objectives, records, studies
 from rayltr.catalogue import names
 from rayltr.command import FAILED, INTERRUPTED, Refused
+from rayltr.data.images import cpus
 from rayltr.progress import Progress
 from rayltr.spec import RandomTrial
 from rayltr.studies import Plan, Study
@@ -126,7 +126,7 @@ def room(options: argparse.Namespace) -> None:
     """Raises `Refused` when this machine cannot hold the trials (a cluster is asked once it is joined)."""
     if options.address is not None:
         return reachable(options.address)
-    have, trials = len(os.sched_getaffinity(0)), max(options.concurrent, 1)
+    have, trials = cpus(), max(options.concurrent, 1)
     need = trials * options.workers * options.cpus_per_trial
     if need > have:
         each = f"{options.workers} workers x {options.cpus_per_trial}"

@@ -128,7 +128,7 @@ def shape_of(item: Encoded) -> tuple[int, int] | None:
 
 def decode_all(items: Sequence[Encoded], side: int | None = None) -> list[np.ndarray | None]:
     """The decoded images in order, None where one cannot be read; large ones are decoded by a thread per CPU."""
-    workers = min(_cpus(), len(items))
+    workers = min(cpus(), len(items))
     if workers < 2 or _bytes_in(items[0]) < THREADED:
         return _decode_slice(items, side)
     share = -(-len(items) // workers)
@@ -137,7 +137,8 @@ def decode_all(items: Sequence[Encoded], side: int | None = None) -> list[np.nda
         return [image for part in pool.map(lambda part: _decode_slice(part, side), slices) for image in part]
 
 
-def _cpus() -> int:
+def cpus() -> int:
+    """The CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
