@@ -108,7 +108,8 @@ The whole recipe is the field `recipe` of `config.json`; `python -m rayltr.train
 ## Limits
 
 Accuracies hold for images like those of the training set. Classes with few training images are estimated from few
-validation images. Probabilities are calibrated for a class-balanced use, not for the training frequencies.
+validation images. Probabilities mean a class-balanced use, not the training frequencies; their temperature is
+fitted on the validation images alone.
 """
 
 

@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if not (Path(options.model) / "config.json").is_file():
         raise ValueError(f"{options.model} is no exported model: it has no config.json")
+    if options.out and Path(options.out).suffix != ".parquet":
+        raise ValueError(f"--out {options.out} is no .parquet file, which is what is written")
     items = found(Path(options.images))
     if (Path(options.model) / "study.py").exists():
         studies.find(str(Path(options.model) / "study.py"))  # its backbone may be the user's own

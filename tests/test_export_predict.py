@@ -363,9 +363,12 @@ def test_nothing_to_predict(refused, model, tmp_path):
 
 
 def test_predictions_that_cannot_be_written(refused, model, folder, tmp_path):
-    for out in (tmp_path / "no" / "folder.parquet", tmp_path):
+    (tmp_path / "a.parquet").mkdir()
+    for out in (tmp_path / "no" / "folder.parquet", tmp_path / "a.parquet"):
         code, error = refused(predict, model, folder, "--out", out)
         assert code == PREFLIGHT and f"{out} cannot be written" in error
+    code, error = refused(predict, model, folder, "--out", tmp_path / "table.csv")
+    assert code == USAGE and "table.csv is no .parquet file" in error
 
 
 @pytest.mark.parametrize("device", ["bogus", "cuda:99"])
