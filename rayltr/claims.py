@@ -15,6 +15,8 @@ from typing import Any
 
 from pyarrow import fs as arrow
 
+from rayltr.records import put
+
 BEAT_S = 5.0
 EXPIRY_S = 60.0
 """A claim of another machine that was not renewed for this long belongs to nobody."""
@@ -41,7 +43,7 @@ class Claim:
             with contextlib.suppress(OSError):
                 if not self._still_mine():
                     return
-                write(self.files, self.path, {**self.mine, "time": time.time()})
+                put(self.files, self.path, json.dumps({**self.mine, "time": time.time()}).encode())
 
     def _still_mine(self) -> bool:
         return (read(self.files, self.path) or {}).get("owner") == self.mine["owner"]
@@ -86,7 +88,7 @@ def removed(files: arrow.FileSystem, path: str, held: dict[str, Any]) -> bool:
 def created(files: arrow.FileSystem, path: str, content: dict[str, Any]) -> bool:
     """Writes the claim if there is none."""
     if not isinstance(files, arrow.LocalFileSystem):
-        write(files, path, content)
+        put(files, path, json.dumps(content).encode())
         return True
     beside = f"{path}.{uuid.uuid4().hex}.tmp"
     with open(beside, "w") as stream:
@@ -109,10 +111,3 @@ def read(files: arrow.FileSystem, path: str) -> dict[str, Any] | None:
         return None
     except (ValueError, TypeError):
         return {}
-
-
-def write(files: arrow.FileSystem, path: str, content: dict[str, Any]) -> None:
-    beside = f"{path}.{uuid.uuid4().hex}.tmp"
-    with files.open_output_stream(beside) as stream:
-        stream.write(json.dumps(content).encode())
-    files.move(beside, path)

@@ -14,11 +14,7 @@ def evaluate(logits: Mapping[str, np.ndarray], target: np.ndarray, counts: np.nd
     prediction and has plain names (`balanced`); the others, each an expert of its own, are prefixed (`soft.balanced`).
     """
     members, _ = groups(counts)
-    found: dict[str, float] = {}
-    for position, (head, z) in enumerate(logits.items()):
-        prefix = f"{head}." if position else ""
-        found |= {f"{prefix}{name}": value for name, value in summary(z, target, counts, members).items()}
-    return found
+    return named({head: summary(z, target, counts, members) for head, z in logits.items()})
 
 
 def tested(
@@ -30,11 +26,20 @@ def tested(
 ) -> dict[str, float]:
     """Test scores of every head, raw and (`fitted_...`) at the tau and temperature that validation chose."""
     members, _ = groups(counts)
-    found: dict[str, float] = {}
-    for position, (head, z) in enumerate(test.items()):
-        prefix = f"{head}." if position else ""
+    found: dict[str, dict[str, float]] = {}
+    for head, z in test.items():
         tau, temperature, _ = fit(val[head], val_target, counts)
-        found |= {f"{prefix}{name}": v for name, v in scores(z, test_target, counts, members).items()}
         fitted = scores(z, test_target, counts, members, tau, temperature)
-        found |= {f"{prefix}fitted_{name}": v for name, v in fitted.items()}
-    return found
+        raw = scores(z, test_target, counts, members)
+        found[head] = {**raw, **{f"fitted_{name}": value for name, value in fitted.items()}}
+    return named(found)
+
+
+def named(by_head: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of all heads in one dict: plain names for the first head, `<head>.<name>` for the others."""
+    first = next(iter(by_head), None)
+    return {
+        name if head == first else f"{head}.{name}": value
+        for head, metrics in by_head.items()
+        for name, value in metrics.items()
+    }

@@ -101,8 +101,13 @@ def within(folder: str | os.PathLike, name: str) -> str:
 def save(path: str | os.PathLike, content: bytes) -> None:
     """Write a whole file or nothing: beside its place, then renamed.  Missing folders are made."""
     system, place = filesystem(path)
-    beside = f"{place}.{uuid4().hex}.part"
     system.create_dir(os.path.dirname(place), recursive=True)
+    put(system, place, content)
+
+
+def put(system: fs.FileSystem, place: str, content: bytes) -> None:
+    """`save` where the file system is known and the folder is there."""
+    beside = f"{place}.{uuid4().hex}.part"
     try:
         with system.open_output_stream(beside) as stream:
             stream.write(content)

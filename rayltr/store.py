@@ -18,7 +18,7 @@ from safetensors.torch import save as bytes_of
 
 from rayltr.claims import Claim, take
 from rayltr.interface import State
-from rayltr.records import filesystem
+from rayltr.records import filesystem, put
 from rayltr.spec import Stage, dump, end, line, start
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class Store:
         try:
             self.files.create_dir(self.root, recursive=True)
             probe = f"{self.root}/.probe-{uuid.uuid4().hex}"
-            self._write(probe, b"")
+            put(self.files, probe, b"")
             self.files.delete_file(probe)
         except OSError as error:
             raise ValueError(f"the storage {root} cannot be written: {error}") from error
@@ -43,9 +43,6 @@ class Store:
 
     def predictions(self, stage: Stage, split: str) -> str:
         return f"{self.root}/{self.path(stage, f'{split}.parquet')}"
-
-    def exists(self, path: str) -> bool:
-        return self.files.get_file_info(path).type == arrow.FileType.File
 
     def epochs(self, stage: Stage) -> list[tuple[int, bool]]:
         """(epoch, is a snapshot) of what is stored on the stage's line, up to its end, longest first."""
@@ -87,8 +84,8 @@ class Store:
         }
         base = self._base(stage, state.epoch, partial)
         self.files.create_dir(f"{self.root}/{line(stage)}", recursive=True)
-        self._write(f"{base}.safetensors", body)
-        self._write(f"{base}.json", json.dumps(note, indent=1).encode())
+        put(self.files, f"{base}.safetensors", body)
+        put(self.files, f"{base}.json", json.dumps(note, indent=1).encode())
         for epoch, old in self.epochs(stage):
             if old and (epoch, old) != (state.epoch, partial):
                 self._remove(stage, epoch, old)
@@ -117,18 +114,6 @@ class Store:
     def _bytes(self, path: str) -> bytes:
         with self.files.open_input_stream(path) as stream:
             return stream.read()
-
-    def _write(self, path: str, body: bytes) -> None:
-        """Whole or not at all: written beside and renamed (object stores make a file appear whole by themselves)."""
-        beside = f"{path}.{uuid.uuid4().hex}.tmp"
-        try:
-            with self.files.open_output_stream(beside) as stream:
-                stream.write(body)
-            self.files.move(beside, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                self.files.delete_file(beside)
-            raise
 
     def claim(self, stage: Stage) -> Claim | None:
         """The claim on a stage's line, or None while another living process holds it."""

@@ -73,7 +73,6 @@ class Trial:
         """The state at the end of a stage: stored, or trained from the longest stored prefix and stored."""
         if (state := self._stored(stage)) and state.epoch == end(stage):
             return state
-        claim = None
         while True:  # the first worker holds the claim for all; the others must not wait inside a collective for long
             claim = self.store.claim(self.names[stage]) if rank() == 0 else None
             if agreed(claim is not None):

@@ -9,9 +9,9 @@ ROOT = Path(__file__).parents[1]
 AXES = {"rayltr.views", "rayltr.samplers", "rayltr.mixing", "rayltr.backbones", "rayltr.heads", "rayltr.losses",
         "rayltr.optim", "rayltr.parallel", "rayltr.data"}  # fmt: skip
 LAYERS = [
-    {"rayltr.spec", "rayltr.records", "rayltr.metrics", "rayltr.choice", "rayltr.interface", "rayltr.claims"},
+    {"rayltr.spec", "rayltr.records", "rayltr.metrics", "rayltr.choice", "rayltr.interface"},
     {"search_spaces", "analysis"},
-    {"rayltr.catalogue"},
+    {"rayltr.catalogue", "rayltr.claims"},
     {"rayltr.objectives", "rayltr.studies", "rayltr.progress"},
     AXES,
     {"rayltr.command", "rayltr.methods"},
