@@ -1,6 +1,7 @@
 """Networks without classifier: `(*, ...) -> nn.Module`, images [B, 3, H, W] -> features [B, dim].
 
 Every backbone has the attribute `dim` and, where it is convolutional, `feature_map(images) -> [B, dim, h, w]`.
+`layers()` names the places inside where activations can be mixed.
 """
 
 import importlib
@@ -26,6 +27,11 @@ class Pooled(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.trunk(images).mean((2, 3))
+
+    def layers(self) -> dict[str, nn.Module]:
+        """The residual stages: layer1, layer2, ..."""
+        stages = (part for part in self.trunk.children() if isinstance(part, nn.Sequential))
+        return {f"layer{number}": part for number, part in enumerate(stages, 1)}
 
 
 class Block(nn.Module):
@@ -83,6 +89,11 @@ class Timm(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.body(images)
 
+    def layers(self) -> dict[str, nn.Module]:
+        """What timm offers as places to take features from."""
+        names = [info["module"] for info in getattr(self.body, "feature_info", [])]
+        return {name: self.body.get_submodule(name) for name in names}
+
 
 def timm(*, model: str, pretrained: bool = False, drop: float = 0.0) -> nn.Module:
     """A model of timm by name; `drop` is its dropout rate.
@@ -135,6 +146,9 @@ class Normalised(nn.Module):
 
     def feature_map(self, images: Tensor) -> Tensor:
         return self.body.feature_map((images - self.mean) / self.std)
+
+    def layers(self) -> dict[str, nn.Module]:
+        return self.body.layers() if hasattr(self.body, "layers") else {}
 
 
 def _unknown(model: str, library: str, known: list[str]) -> ValueError:

@@ -1,5 +1,6 @@
 """From names to functions: the only file that sees every table."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -46,13 +47,25 @@ def method(stage: Stage, facts: Facts, teacher: nn.Module | None = None) -> nn.M
     parts = Parts(
         backbone=lambda: Normalised(function("backbone", stage.backbone)(), facts.mean, facts.std),
         head=lambda dim: head(dim, len(facts.classes)),
-        loss=function("loss", stage.loss),
+        loss=loss(stage.loss),
         weight=None if stage.weight is None else function("weight", stage.weight)(counts).float(),
         counts=counts,
         teacher=teacher,
+        layer=catalogue.completed("mixing", stage.mixing).get("layer") if stage.mixing else None,
     )
     keywords = catalogue.completed("method", stage.method).keywords
-    return import_module(f"rayltr.methods.{stage.method.name}").Method(parts, **dict(keywords))
+    made = import_module(f"rayltr.methods.{stage.method.name}").Method(parts, **dict(keywords))
+    if parts.layer and getattr(made, "layer", None) != parts.layer:
+        raise ValueError(f"the method {stage.method.name} does not mix inside the network; mix its images instead")
+    return made
+
+
+def loss(choice: Fn) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The per-sample loss of (logits, target, counts, features); few losses look at the features."""
+    made = function("loss", choice)
+    if "features" in inspect.signature(made).parameters:
+        return made
+    return lambda logits, target, counts, features: made(logits, target, counts)
 
 
 def teacher(stage: Stage, facts: Facts, state: State) -> nn.Module:

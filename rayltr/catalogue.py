@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -42,10 +42,14 @@ USER: dict[str, Callable] = {}
 
 @dataclass(frozen=True)
 class Signature:
-    """What may be written in a Fn: defaults by keyword, and the keywords that have none."""
+    """What may be written in a Fn: defaults by keyword, and the keywords that have none.
+
+    taught: a method that needs a teacher.
+    """
 
     defaults: dict[str, Any]
     required: tuple[str, ...] = ()
+    taught: bool = False
 
     @property
     def keywords(self) -> tuple[str, ...]:
@@ -80,10 +84,21 @@ def names(axis: str) -> dict[str, Signature]:
     return {name: Signature({**s.defaults, **common}, s.required) for name, s in signatures.items()}
 
 
+@cache
+def unweighted() -> dict[str, str]:
+    """The losses that take no class weight, with the reason."""
+    tree = ast.parse((ROOT / "losses.py").read_text())
+    found = next(n for n in tree.body if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "UNWEIGHTED")
+    assert found.value is not None
+    return ast.literal_eval(found.value)
+
+
 def _method(path: Path) -> Signature:
     tree = ast.parse(path.read_text())
     made = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Method")
-    return _signature(next(f for f in made.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"))
+    sign = _signature(next(f for f in made.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"))
+    return replace(sign, taught=any(isinstance(node, ast.Assign) and ast.unparse(node) == "taught = True"
+                                    for node in made.body))  # fmt: skip
 
 
 def _table(tree: ast.Module, name: str) -> dict[str, str]:
@@ -209,6 +224,13 @@ def _check(stage: Stage) -> None:
         raise ValueError(f"the stage ends at epoch {end(stage)}, beyond its horizon of {stage.horizon} epochs")
     if not stage.views:
         raise ValueError("a stage needs at least one view; fn('identity') leaves images as they are")
+    if stage.weight and stage.loss.name in unweighted():
+        raise ValueError(f"the loss {stage.loss.name} takes no class weight: {unweighted()[stage.loss.name]}")
+    taught = signature("method", stage.method).taught
+    if taught and stage.teacher is None:
+        raise ValueError(f"the method {stage.method.name} needs a teacher: a finished stage, given as teacher=...")
+    if stage.teacher and not taught:
+        raise ValueError(f"the method {stage.method.name} consults no teacher; leave teacher= out")
     if stage.resume:
         _check_resume(stage, stage.resume)
 

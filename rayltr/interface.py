@@ -23,15 +23,18 @@ class Facts:
 class Parts:
     """What a method is built from.  Factories, because a method may want several backbones or heads.
 
-    `loss(logits [B,C], target [B], counts [C]) -> [B]`; `weight` is [C] or None; `teacher` is frozen, in eval mode.
+    `loss(logits [B,C], target [B], counts [C], features [B,D]) -> [B]`; `weight` is [C] or None; `teacher` is frozen,
+    in eval mode, and None where the method only predicts.  layer: where inside the network a mixed batch is mixed, or
+    None when its images are mixed already.
     """
 
     backbone: Callable[[], nn.Module]
     head: Callable[[int], nn.Module]
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+    loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     weight: Tensor | None
     counts: Tensor
     teacher: nn.Module | None = None
+    layer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Batch:
     views: float images in [0, 1], each [B,3,H,W]; the first is the one that is classified (and mixed).
     target: int64 [B].  rows: int64 [B], position of each image in the training split.
     mixed: the other target [B] of a mixed batch, or None; weight: share of `target` in it, float [B], or None.
+    partner: int64 [B], the place in the batch of the image that each is mixed with, or None.
     """
 
     views: list[Tensor]
@@ -48,6 +52,7 @@ class Batch:
     rows: Tensor
     mixed: Tensor | None = None
     weight: Tensor | None = None
+    partner: Tensor | None = None
 
 
 @dataclass

@@ -1,24 +1,39 @@
 """Mixing the images of a batch.
 
-`(images [B, 3, H, W], target [B], counts [C], generator, *, ...) -> images, other target [B], weight [B]`.
+`(images [B, 3, H, W], target [B], counts [C], generator, *, ...) -> images, other target [B], weight [B]`: a `Mixed`.
 
 Image b is mixed with a partner from the same batch, whose target is `other[b]`; the loss of the mixed image is
-`weight[b] * l(target[b]) + (1 - weight[b]) * l(other[b])` for whichever per-sample loss l.  One proportion and one
-permutation are drawn per batch, on the generator's device and without waiting for it.  `weight` is [B], in at least
-float32.
+`weight[b] * l(target[b]) + (1 - weight[b]) * l(other[b])` for whichever per-sample loss l.  One proportion and, where
+partners are not neighbours, one permutation are drawn per batch, on the generator's device and without waiting for
+it.  `weight` is [B], in at least float32.
+
+A mixing may merge neighbours: it then returns fewer images, B/k, and the first of each k neighbours gives the target.
+Other target and weight are [B/k] then, and the loss is taken with `target[::k]`.
 """
 
 import torch
 from torch import Generator, Tensor
 
-Mixed = tuple[Tensor, Tensor, Tensor]
+
+class Mixed(tuple[Tensor, Tensor, Tensor]):
+    """What a mixing returns: a tuple of three (images, other target, weight) that knows the partners too.
+
+    `partner`: int64 [B] on the images' device, the position in the batch of each image's partner, so that
+    `other = target[partner]`; None where neighbours are merged.
+    """
+
+    partner: Tensor | None
+
+    def __new__(cls, three: tuple[Tensor, Tensor, Tensor], partner: Tensor | None = None) -> "Mixed":
+        mixed = super().__new__(cls, three)
+        mixed.partner = partner
+        return mixed
 
 
 def mixup(images: Tensor, target: Tensor, counts: Tensor, generator: Generator, *, alpha: float = 1.0) -> Mixed:
     """lambda x + (1 - lambda) x', lambda ~ Beta(alpha, alpha), weighed by lambda (Zhang et al., 2018)."""
-    share = _beta(alpha, generator).to(images.device)
-    partner = _partners(images, generator)
-    return _blend(images, partner, share), target[partner], _weight(images, share)
+    share, partner = _drawn(images, alpha, generator)
+    return Mixed((blend(images, partner, share), target[partner], _weight(images, share)), partner)
 
 
 def cutmix(images: Tensor, target: Tensor, counts: Tensor, generator: Generator, *, alpha: float = 1.0) -> Mixed:
@@ -31,7 +46,8 @@ def cutmix(images: Tensor, target: Tensor, counts: Tensor, generator: Generator,
     partner = _partners(images, generator)
     rows, columns = (_span(length, side, generator) for length in images.shape[2:])
     box = (rows[:, None] & columns).to(images.device)
-    return torch.where(box, images[partner], images), target[partner], _weight(images, 1 - box.double().mean())
+    stays = _weight(images, 1 - box.double().mean())
+    return Mixed((torch.where(box, images[partner], images), target[partner], stays), partner)
 
 
 def remix(
@@ -53,14 +69,13 @@ def remix(
     """
     if reduce not in ("sample", "batch"):
         raise ValueError(f"reduce of remix is 'sample' or 'batch', not {reduce!r}")
-    share = _beta(alpha, generator).to(images.device)
-    partner = _partners(images, generator)
+    share, partner = _drawn(images, alpha, generator)
     other = target[partner]
     counts = counts.to(target.device)
     weight = remix_weight(counts[target], counts[other], share, kappa, tau)
     if reduce == "batch":
         weight = weight.mean().expand(len(images))
-    return _blend(images, partner, share), other, _weight(images, weight)
+    return Mixed((blend(images, partner, share), other, _weight(images, weight)), partner)
 
 
 def remix_weight(count: Tensor, partner_count: Tensor, share: Tensor, kappa: float, tau: float) -> Tensor:
@@ -70,7 +85,54 @@ def remix_weight(count: Tensor, partner_count: Tensor, share: Tensor, kappa: flo
     return torch.where(to_partner, 0.0, torch.where(to_first, 1.0, share))
 
 
-MIXINGS = {f.__name__: f for f in (mixup, cutmix, remix)}
+def manifold(
+    images: Tensor,
+    target: Tensor,
+    counts: Tensor,
+    generator: Generator,
+    *,
+    alpha: float = 1.0,
+    layer: str = "pool",
+) -> Mixed:
+    """Mixup of what a layer of the network gives out (Verma et al., 2019), always the same layer.
+
+    The images are returned as they are: the network applies `blend` with `partner` and `weight` at `layer`, one of
+    its own names; "pool" is after the global average pooling, "fc" the logits.  Draws exactly what `mixup` draws.
+    """
+    share, partner = _drawn(images, alpha, generator)
+    return Mixed((images, target[partner], _weight(images, share)), partner)
+
+
+def bbn_mix(images: Tensor, target: Tensor, counts: Tensor, generator: Generator, *, alpha: float = 1.0) -> Mixed:
+    """Mixup of each image with the one that follows it, for the sampler `reverse` (Zhang et al., 2021).
+
+    Merges neighbours, k = 2: B/2 images lambda x_even + (1 - lambda) x_odd, lambda ~ Beta(alpha, alpha) once for the
+    batch, weighed by lambda; the other target is that of the odd ones.  Raises ValueError for an odd batch.
+    """
+    if len(images) % 2:
+        raise ValueError(f"bbn_mix pairs neighbouring images and needs an even batch, not {len(images)}")
+    share = _beta(alpha, generator).to(images.device)
+    mixed = torch.lerp(images[1::2], images[::2], share.to(images.dtype))
+    return Mixed((mixed, target[1::2], _weight(mixed, share)))
+
+
+MIXINGS = {f.__name__: f for f in (mixup, cutmix, remix, manifold, bbn_mix)}
+
+
+def blend(x: Tensor, partner: Tensor, share: Tensor) -> Tensor:
+    """share x + (1 - share) x[partner]: every sample of x [B, ...] with its partner's, in the dtype of x.
+
+    partner: int64 [B], positions in x.  share: [B] or a scalar tensor, in [0, 1].
+    """
+    if share.dim():
+        share = share.reshape(-1, *[1] * (x.dim() - 1))
+    return torch.lerp(x[partner], x, share.to(x.dtype))
+
+
+def _drawn(images: Tensor, alpha: float, generator: Generator) -> tuple[Tensor, Tensor]:
+    """The proportion and the partners of a batch, on the images' device."""
+    share = _beta(alpha, generator).to(images.device)
+    return share, _partners(images, generator)
 
 
 def _beta(alpha: float, generator: Generator) -> Tensor:
@@ -84,10 +146,6 @@ def _beta(alpha: float, generator: Generator) -> Tensor:
 
 def _partners(images: Tensor, generator: Generator) -> Tensor:
     return torch.randperm(len(images), generator=generator, device=generator.device).to(images.device)
-
-
-def _blend(images: Tensor, partner: Tensor, share: Tensor) -> Tensor:
-    return torch.lerp(images[partner], images, share.to(images.dtype))
 
 
 def _span(length: int, fraction: Tensor, generator: Generator) -> Tensor:

@@ -206,6 +206,5 @@ def listing() -> str:
     """Every study with its presets and the errors that the literature reports for them."""
     lines = []
     for name in studies.names():
-        study = studies.find(name)
-        lines += [name, *(f"  --preset {preset:18} {study.published.get(preset, '')}" for preset in study.presets)]
+        lines += [name, *(f"  {preset}" for preset in studies.listing(studies.find(name)))]
     return "\n".join(lines)

@@ -3,7 +3,8 @@
 A sampler draws a whole epoch at once from the generator it is given (on the CPU) and knows nothing of workers.
 `counts` are the training images per class and decide how often a class is drawn; `target` are the classes of the
 images that can be drawn.  `t` in (0, 1] is the share of the horizon that is complete when this epoch ends.  A class
-without images is never drawn.
+without images is never drawn.  N is the number of images, K the number of classes that have some; how many indices M
+an epoch has is up to the sampler.
 """
 
 from typing import Any
@@ -23,9 +24,47 @@ def power(counts: Tensor, target: Tensor, t: float, generator: Generator, *, q: 
     return _drawn(power_probabilities(counts, t, q=q), target, generator)
 
 
-def progressive(counts: Tensor, target: Tensor, t: float, generator: Generator) -> Tensor:
-    """N draws with replacement that go from the natural to the balanced classes (Kang et al., 2020, eq. 2)."""
-    return _drawn(progressive_probabilities(counts, t), target, generator)
+def progressive(counts: Tensor, target: Tensor, t: float, generator: Generator, *, start: float = 0.0) -> Tensor:
+    """N draws with replacement that go from the natural to the balanced classes (Kang et al., 2020, eq. 2).
+
+    The way begins at the share `start` of the horizon: a stage that re-samples from 4/5 of the horizon on goes the
+    whole way with start = 0.8, but only its last fifth with start = 0.  Raises ValueError unless 0 <= start < 1.
+    """
+    return _drawn(progressive_probabilities(counts, t, start=start), target, generator)
+
+
+def reverse(counts: Tensor, target: Tensor, t: float, generator: Generator) -> Tensor:
+    """2N indices in pairs: every image once, shuffled, each followed by a reversed draw (Zhou et al., BBN, 2020).
+
+    The reversed draws are with replacement, class c with probability n_c^-1 / sum n^-1, then an image uniformly
+    inside.  Ordinary images are at even positions, reversed ones at odd: a batch of 128 is 64 + 64.
+    """
+    ordinary = power(counts, target, t, generator)
+    companions = _drawn(reverse_probabilities(counts, t), target, generator)
+    return torch.stack([ordinary, companions], 1).flatten()
+
+
+def oversample(counts: Tensor, target: Tensor, t: float, generator: Generator) -> Tensor:
+    """K n_max indices, shuffled: every class as often as the largest is large (Buda et al., 2018).
+
+    Each image of a class of n comes floor(n_max / n) times, and a random n_max mod n of them once more.  The classes
+    are as large as the images that can be drawn make them.
+    """
+    size = torch.bincount(target)
+    extra = _ranks(target, generator) < (size.max() % size.clamp(min=1))[target]
+    copies = size.max() // size[target] + extra
+    return _shuffled(torch.arange(len(target)).repeat_interleave(copies), generator)
+
+
+def undersample(counts: Tensor, target: Tensor, t: float, generator: Generator) -> Tensor:
+    """K n_min indices, shuffled: as many of every class as the smallest has, without replacement (Buda et al., 2018).
+
+    They are chosen anew in each epoch.  The classes are as large as the images that can be drawn make them; n_min is
+    the size of the smallest that has images.
+    """
+    size = torch.bincount(target)
+    chosen = _ranks(target, generator) < size[size > 0].min()
+    return _shuffled(chosen.nonzero().squeeze(1), generator)
 
 
 def _drawn(probabilities: Tensor, target: Tensor, generator: Generator) -> Tensor:
@@ -40,7 +79,22 @@ def _drawn(probabilities: Tensor, target: Tensor, generator: Generator) -> Tenso
     return order[first[classes] + within]
 
 
-SAMPLERS = {f.__name__: f for f in (power, progressive)}
+def _ranks(target: Tensor, generator: Generator) -> Tensor:
+    """The place of each image in a random order of its class's images, from 0, int64 [N]."""
+    shuffled = torch.randperm(len(target), generator=generator)
+    order = shuffled[target[shuffled].argsort(stable=True)]
+    size = torch.bincount(target)
+    first = size.cumsum(0) - size
+    ranks = torch.empty_like(order)
+    ranks[order] = torch.arange(len(order)) - first[target[order]]
+    return ranks
+
+
+def _shuffled(indices: Tensor, generator: Generator) -> Tensor:
+    return indices[torch.randperm(len(indices), generator=generator)]
+
+
+SAMPLERS = {f.__name__: f for f in (power, progressive, reverse, oversample, undersample)}
 
 
 def power_probabilities(counts: Tensor, t: float, *, q: float = 1.0) -> Tensor:
@@ -50,18 +104,41 @@ def power_probabilities(counts: Tensor, t: float, *, q: float = 1.0) -> Tensor:
     return weight / weight.sum()
 
 
-def progressive_probabilities(counts: Tensor, t: float) -> Tensor:
-    """(1 - t) n/N + t/K, where K is the number of classes that have images, float64 [C]."""
-    return (1 - t) * power_probabilities(counts, t) + t * power_probabilities(counts, t, q=0.0)
+def progressive_probabilities(counts: Tensor, t: float, *, start: float = 0.0) -> Tensor:
+    """(1 - u) n/N + u/K for u = (t - start) / (1 - start), at least 0 and at most 1, float64 [C].
+
+    Raises ValueError unless 0 <= start < 1.
+    """
+    if not 0 <= start < 1:
+        raise ValueError(f"start of progressive is at least 0 and below 1, not {start}")
+    u = min(max((t - start) / (1 - start), 0.0), 1.0)
+    return (1 - u) * power_probabilities(counts, t) + u * balanced_probabilities(counts, t)
 
 
-_PROBABILITIES = {"power": power_probabilities, "progressive": progressive_probabilities}
+def reverse_probabilities(counts: Tensor, t: float) -> Tensor:
+    """n^-1 / sum n^-1 over the classes that have images: the reversed half of the pairs, float64 [C]."""
+    return power_probabilities(counts, t, q=-1.0)
+
+
+def balanced_probabilities(counts: Tensor, t: float) -> Tensor:
+    """1/K for the classes that have images, float64 [C]."""
+    return power_probabilities(counts, t, q=0.0)
+
+
+_PROBABILITIES = {
+    "power": power_probabilities,
+    "progressive": progressive_probabilities,
+    "reverse": reverse_probabilities,
+    "oversample": balanced_probabilities,
+    "undersample": balanced_probabilities,
+}
 
 
 def class_probabilities(name: str, counts: Tensor, t: float, **keywords: Any) -> Tensor:
     """The probability of each class at one draw of the sampler `name`, float64 [C], sum 1.
 
-    Raises ValueError for a sampler that does not exist.
+    Of `reverse` these are the probabilities of the reversed half, n_c^-1 / sum n^-1; its other half shows every image
+    once.  Raises ValueError for a sampler that does not exist.
     """
     if name not in _PROBABILITIES:
         raise ValueError(f"no sampler is called {name!r}; there are {', '.join(_PROBABILITIES)}")

@@ -194,8 +194,7 @@ def catalogue_text() -> str:
     """All that exists: studies with their presets, and every name on every axis."""
     lines = ["studies"]
     for name in studies.names():
-        study = studies.find(name)
-        lines += [f"  {name}", *(f"    --preset {p:18} {study.published.get(p, '')}" for p in study.presets)]
+        lines += [f"  {name}", *(f"    {preset}" for preset in studies.listing(studies.find(name)))]
     for axis in ("source", "method", "backbone", "head", "loss", "weight", "sampler", "views", "mixing", "optimiser",
                  "schedule"):  # fmt: skip
         lines.append(axis)

@@ -1,5 +1,6 @@
 """Studies by name or by file, and the plan that turns a point of a study's space into a chain for the user's data."""
 
+import csv
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,14 +24,14 @@ class Study:
     """A space of chains.
 
     control: the plain baseline, tuned like the rest.  presets: named points of the space.  published: what the
-    literature reports for a preset, as printed by --list.
+    literature reports for a preset, by the column of the table beside the study (see `reported`).
     """
 
     name: str
     space: Callable[[Trial], Stage]
     control: Callable[[Trial], Stage]
     presets: Mapping[str, Mapping[str, Any]]
-    published: Mapping[str, str]
+    published: Mapping[str, Mapping[str, str]]
     file: Path
 
     def __call__(self, trial: Trial) -> Stage:
@@ -89,7 +90,30 @@ def _study(module: ModuleType, name: str) -> Study:
     presets = paper if all(isinstance(value, Mapping) for value in paper.values()) else {"paper": paper}
     control = getattr(module, "control", apart)
     assert module.__file__ is not None
-    return Study(name, module.space, control, presets, getattr(module, "PUBLISHED", {}), Path(module.__file__))
+    file = Path(module.__file__)
+    return Study(name, module.space, control, presets, reported(file.with_suffix(".csv")), file)
+
+
+def reported(table: Path) -> dict[str, dict[str, str]]:
+    """What the literature reports, by preset and column, from the table beside a study, if there is one.
+
+    Columns: `preset`, one per data set (top-1 error in %), and `note`; cells may be empty and are then left out.
+    """
+    if not table.is_file():
+        return {}
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {row["preset"]: {key: cell for key, cell in row.items() if cell and key != "preset"} for row in rows}
+
+
+def listing(study: Study) -> list[str]:
+    """The presets of a study, one per line, with their published errors."""
+    return [f"--preset {name:26} {_cells(study.published.get(name, {}))}".rstrip() for name in study.presets]
+
+
+def _cells(row: Mapping[str, str]) -> str:
+    errors = ", ".join(f"{error} ({data.replace('_', ' ')})" for data, error in row.items() if data != "note")
+    return "; ".join(part for part in (errors and f"published error % {errors}", row.get("note")) if part)
 
 
 def apart(trial: Trial) -> Stage:

@@ -100,6 +100,7 @@ def epochs(
 ) -> Iterator[dict[str, Any]]:
     """THE loop: trains the epochs from the clock `first` to the stage's end, yielding one record after each."""
     views = [build.function("views", view) for view in stage.views]
+    alter = getattr(module, "alter", None)
     sampler = build.function("sampler", stage.sampler)
     mixing = build.function("mixing", stage.mixing) if stage.mixing else None
     schedule = build.function("schedule", stage.schedule)
@@ -108,6 +109,8 @@ def epochs(
     model: nn.Module = DistributedDataParallel(module) if world() > 1 and first < end(stage) else module
     if hasattr(optimiser, "guard"):
         optimiser.guard(model)
+    if first < end(stage):
+        prepared(module, stage, data.train, device)
     for epoch in range(first, end(stage)):
         began, done = time.monotonic(), 0
         sums: dict[str, Tensor | float] = {}
@@ -117,12 +120,13 @@ def epochs(
         steps = max(1, len(indices) // stage.batch)
         module.train()
         for step, rows, images in batches(data.train, indices, stage.batch, steps, device):
-            target = targets[rows].to(device)
-            seen = [view(images, here) for view in views]
-            mixed = weight = None
+            done += len(rows)
+            target, rows = targets[rows].to(device), rows.to(device)
+            if alter:
+                images = alter(images, target, rows, here)
+            batch = Batch([view(images, here) for view in views], target, rows)
             if mixing:
-                seen[0], mixed, weight = mixing(seen[0], target, counts, here)
-            batch = Batch(seen, target, rows.to(device), mixed, weight)
+                batch = mixed(batch, mixing(batch.views[0], target, counts, here))
             factor = schedule((epoch * steps + step + 1) / (horizon * steps))
             for group in optimiser.param_groups:
                 group["lr"] = group["initial_lr"] * factor
@@ -139,11 +143,29 @@ def epochs(
                 return loss
 
             optimiser.step(closure)  # type: ignore[arg-type]
-            done += len(rows)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value
         means = {name: float(all_sum(torch.as_tensor(total))) / (steps * world()) for name, total in sums.items()}
         yield checked(epoch + 1, means, done, began)
+
+
+def mixed(batch: Batch, mix: tuple[Tensor, Tensor, Tensor]) -> Batch:
+    """The batch after mixing.  Where k neighbours became one image, the first of them gives target, row and views."""
+    images, other, weight = mix
+    k = len(batch.target) // len(images)
+    views = [images, *(view[::k] for view in batch.views[1:])]
+    return Batch(views, batch.target[::k], batch.rows[::k], other, weight, getattr(mix, "partner", None))
+
+
+def prepared(module: nn.Module, stage: Stage, split: Split, device: torch.device) -> None:
+    """Shows the raw training images to a method that has `prepare`, each worker a share of them."""
+    if hasattr(module, "prepare"):
+        parts = torch.arange(rank(), len(split), world()).split(stage.batch)
+        loaded = zip(parts, taken(split, [rows.numpy() for rows in parts]), strict=True)
+        target = torch.as_tensor(split.target).to(device)
+        seen = ((rows.to(device), pixels(images, device), target[rows]) for rows, images in loaded)
+        with torch.no_grad(), arithmetic(stage.precision, device):
+            module.prepare(seen, len(split))  # type: ignore[operator]
 
 
 def generators(seed: int, epoch: int, device: torch.device) -> tuple[torch.Generator, torch.Generator]:
@@ -158,7 +180,8 @@ def batches(
     split: Split, indices: Tensor, size: int, steps: int, device: torch.device
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(step, rows [B], float images [B,3,H,W] in [0, 1]) for this worker; an incomplete last batch is left out."""
-    parts = [indices[step * size : (step + 1) * size][rank() :: world()] for step in range(steps)]
+    # a stretch for each worker, so that neighbours which belong together (sampler `reverse`) stay together
+    parts = [indices[step * size : (step + 1) * size].tensor_split(world())[rank()] for step in range(steps)]
     for step, images in enumerate(taken(split, [rows.numpy() for rows in parts])):
         yield step, parts[step], pixels(images, device)
 

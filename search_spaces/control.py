@@ -9,7 +9,7 @@ from rayltr.spec import Fn, Stage, Trial, fn
 def control(trial: Trial) -> Stage:
     """Plain cross-entropy with instance-balanced sampling; nominally 200 epochs."""
     lr = trial.suggest_categorical("lr", [0.05, 0.1, 0.2])
-    decay = trial.suggest_categorical("weight_decay", [2e-4, 5e-4, 1e-3])
+    decay = trial.suggest_categorical("weight_decay", [2e-4, 5e-4])
     return Stage(
         source=fn("digits", ratio=20.0),
         epochs=200,
@@ -24,10 +24,10 @@ def choose_view(trial: Trial) -> Fn:
     return fn("flip_crop", flip=trial.suggest_categorical("flip", [0.5, 0.0]))
 
 
-def choose_schedule(trial: Trial) -> Fn:
-    """The published step schedule, or a half cosine; both with a short warm-up."""
-    name = trial.suggest_categorical("schedule", ["multistep", "cosine"])
-    if name == "cosine":
-        return fn("cosine", warmup=0.025)
-    # the published scheduler is stepped before each epoch, hence one epoch earlier than 80 % and 90 % of 200
-    return fn("multistep", warmup=0.025, warmup_from=1 / 3, milestones=(0.795, 0.895), gamma=0.01)
+def choose_schedule(trial: Trial, epochs: int = 200, steps: tuple[float, ...] = (0.8, 0.9)) -> Fn:
+    """Steps after these shares of the training, or a half cosine; with a warm-up of 5 of nominally `epochs` epochs."""
+    if trial.suggest_categorical("schedule", ["multistep", "cosine"]) == "cosine":
+        return fn("cosine", warmup=5 / epochs)
+    # the published scheduler is stepped before each epoch, hence one epoch earlier
+    milestones = tuple((round(share * epochs) - 1) / epochs for share in steps)
+    return fn("multistep", warmup=5 / epochs, warmup_from=1 / 3, milestones=milestones, gamma=0.01)

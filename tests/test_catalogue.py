@@ -69,6 +69,10 @@ def test_defaults_are_written_out_and_whole_numbers_become_floats():
         ({"views": ()}, "at least one view"),
         ({"resume": STAGE, "init": STAGE}, "not both"),
         ({"resume": STAGE, "horizon": 9, "head": fn("lws")}, "keeps its head"),
+        ({"loss": fn("seql"), "weight": fn("inverse_frequency")}, "the loss seql takes no class weight: "),
+        ({"loss": fn("balanced_softmax"), "weight": fn("effective_number")}, "balanced_softmax takes no class weight"),
+        ({"method": fn("cam")}, "the method cam needs a teacher"),
+        ({"teacher": STAGE}, "the method supervised consults no teacher"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(changes, message):

@@ -20,7 +20,9 @@ def test_the_study_in_the_readme_is_one(tmp_path, monkeypatch):
     checked(studies.find(str(path)), Plan(str(path), epochs=20))
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/data.md", "docs/runs.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/data.md", "docs/runs.md", "docs/bag_of_tricks.md"]
+)
 def test_links_lead_somewhere(name):
     for target in re.findall(r"\]\((?!http|#)([^)#]+)", (ROOT / name).read_text()):
         assert (ROOT / name).parent.joinpath(target).exists(), target

@@ -1,10 +1,15 @@
+import copy
+import pickle
+
 import pytest
 import torch
 
 from rayltr import mixing as module
-from rayltr.mixing import MIXINGS, remix_weight
+from rayltr.mixing import MIXINGS, blend, remix_weight
 
 COUNTS = torch.tensor([900, 300, 100, 10])
+MERGED = {"bbn_mix": 2}
+"""How many neighbours become one image, where it is not one alone."""
 every_mixing = pytest.mark.parametrize("mixing", MIXINGS.values(), ids=MIXINGS)
 
 
@@ -19,17 +24,46 @@ def mixed(name, seed=0, **keywords):
     return MIXINGS[name](*batch(), torch.Generator().manual_seed(seed), **keywords)
 
 
+def shown(mixing, found):
+    """The mixed images: those returned, or what a network makes of them that mixes in its first layer."""
+    return blend(found[0], found.partner, found[2]) if mixing is MIXINGS["manifold"] else found[0]
+
+
 @every_mixing
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_shapes_dtypes_and_ranges(mixing, dtype):
     images, target, counts = batch(dtype=dtype)
-    out, other, weight = mixing(images, target, counts, torch.Generator().manual_seed(0))
-    assert out.shape == images.shape and out.dtype == dtype
-    assert other.shape == target.shape and other.dtype == torch.int64
-    assert weight.shape == (64,) and weight.dtype == torch.promote_types(dtype, torch.float32)
+    found = mixing(images, target, counts, torch.Generator().manual_seed(0))
+    size = 64 // MERGED.get(mixing.__name__, 1)
+    _, other, weight = found
+    out = shown(mixing, found)
+    assert out.shape == (size, *images.shape[1:]) and out.dtype == dtype
+    assert other.shape == (size,) and other.dtype == torch.int64
+    assert weight.shape == (size,) and weight.dtype == torch.promote_types(dtype, torch.float32)
     assert (weight >= 0).all() and (weight <= 1).all()
     assert (out >= 0).all() and (out <= 1).all()
-    assert torch.equal(other.bincount(minlength=4), target.bincount(minlength=4))  # a permutation
+
+
+@every_mixing
+def test_the_other_target_is_the_partners(mixing):
+    images, target, counts = batch()
+    found = mixing(images, target, counts, torch.Generator().manual_seed(0))
+    assert isinstance(found, tuple) and len(found) == 3
+    if k := MERGED.get(mixing.__name__):
+        assert found.partner is None
+        firsts_and_others = torch.cat([target[::k], found[1]])
+        assert torch.equal(firsts_and_others.sort().values, target.sort().values)
+    else:
+        assert found.partner.dtype == torch.int64 and torch.equal(found.partner.sort().values, torch.arange(64))
+        assert torch.equal(found[1], target[found.partner])
+
+
+@every_mixing
+def test_what_a_mixing_returns_can_be_copied_and_pickled(mixing):
+    found = mixing(*batch(), torch.Generator().manual_seed(0))
+    for twin in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+        assert all(torch.equal(a, b) for a, b in zip(found, twin, strict=True))
+        assert twin.partner is None if found.partner is None else torch.equal(twin.partner, found.partner)
 
 
 @every_mixing
@@ -38,7 +72,8 @@ def test_the_generator_decides_everything(mixing):
     for noise, seed in [(1, 7), (2, 7), (1, 8)]:
         with torch.random.fork_rng([]):
             torch.manual_seed(noise)
-            runs.append(mixing(*batch(), torch.Generator().manual_seed(seed)))
+            found = mixing(*batch(), torch.Generator().manual_seed(seed))
+            runs.append((shown(mixing, found), *found))
     assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
     assert not torch.equal(runs[0][0], runs[2][0])
 
@@ -48,19 +83,21 @@ def test_the_input_is_left_alone_and_channels_last_is_kept(mixing):
     images, target, counts = batch()
     images = images.contiguous(memory_format=torch.channels_last)
     before = images.clone()
-    out, _, _ = mixing(images, target, counts, torch.Generator().manual_seed(0))
+    found = mixing(images, target, counts, torch.Generator().manual_seed(0))
     assert torch.equal(images, before)
-    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert shown(mixing, found).is_contiguous(memory_format=torch.channels_last)
 
 
 @every_mixing
 def test_equal_images_stay_and_a_single_image_is_its_own_partner(mixing):
     images, target, counts = batch()
+    k = MERGED.get(mixing.__name__, 1)
     same = images[:1].expand(64, -1, -1, -1)
-    torch.testing.assert_close(mixing(same, target, counts, torch.Generator().manual_seed(0))[0], same)
-    out, other, _ = mixing(images[:1], target[:1], counts, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(out, images[:1])
-    assert torch.equal(other, target[:1])
+    found = mixing(same, target, counts, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(shown(mixing, found), same[::k])
+    found = mixing(same[:k], target[:1].expand(k), counts, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(shown(mixing, found), images[:1])
+    assert torch.equal(found[1], target[:1])
 
 
 @every_mixing
@@ -81,13 +118,13 @@ def test_mixup_blends_with_the_image_whose_target_it_returns():
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
-@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+@pytest.mark.parametrize("name", ["mixup", "cutmix", "bbn_mix"])
 def test_the_proportion_follows_the_beta_distribution(name, alpha):
     g = torch.Generator().manual_seed(0)
     images = torch.rand(2, 3, 32, 32)
     target = torch.zeros(2, dtype=torch.int64)
     shares = torch.stack([MIXINGS[name](images, target, COUNTS, g, alpha=alpha)[2][0] for _ in range(3000)]).double()
-    if name == "mixup":  # Beta(a, a): mean 1/2, variance 1 / (4 (2a + 1))
+    if name != "cutmix":  # Beta(a, a): mean 1/2, variance 1 / (4 (2a + 1))
         assert shares.mean().item() == pytest.approx(0.5, abs=0.03)
         assert shares.var().item() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.08)
     else:  # boxes are clipped, so more of the image stays
@@ -165,3 +202,51 @@ def test_remix_without_preference_is_mixup():
         torch.testing.assert_close(a, b)
     with pytest.raises(ValueError, match="'sample' or 'batch', not 'mean'"):
         mixed("remix", reduce="mean")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_manifold_draws_what_mixup_draws_and_leaves_the_images_to_the_network(seed):
+    found, plain = mixed("manifold", seed, alpha=0.5), mixed("mixup", seed, alpha=0.5)
+    assert torch.equal(found[0], batch()[0])
+    assert torch.equal(found.partner, plain.partner)
+    assert torch.equal(found[1], plain[1]) and torch.equal(found[2], plain[2])
+    torch.testing.assert_close(blend(found[0], found.partner, found[2]), plain[0])
+    other_layer = mixed("manifold", seed, alpha=0.5, layer="fc")
+    assert all(torch.equal(a, b) for a, b in zip(found, other_layer, strict=True))
+
+
+def test_bbn_mix_blends_each_pair_of_neighbours_with_one_proportion():
+    images, target, counts = batch(dtype=torch.float64)
+    for seed in range(3):
+        out, other, weight = MIXINGS["bbn_mix"](images, target, counts, torch.Generator().manual_seed(seed))
+        share = weight[0].item()
+        assert 0 < share < 1 and (weight == share).all()
+        for b in range(32):
+            expected = share * images[2 * b] + (1 - share) * images[2 * b + 1]
+            torch.testing.assert_close(out[b], expected, rtol=0, atol=1e-9)
+            assert other[b] == target[2 * b + 1]
+
+
+def test_bbn_mix_needs_pairs():
+    images, target, counts = batch(5)
+    with pytest.raises(ValueError, match="bbn_mix pairs neighbouring images and needs an even batch, not 5"):
+        MIXINGS["bbn_mix"](images, target, counts, torch.Generator())
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 4), (6, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize("shares", [(), (6,)], ids=str)
+def test_blend_of_images_features_or_logits(shape, shares):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=g, dtype=torch.float64, requires_grad=True)
+    partner = torch.tensor([3, 0, 2, 1, 5, 4])
+    share = torch.rand(shares, generator=g, dtype=torch.float64)
+    found = blend(x, partner, share)
+    rows = enumerate(share.expand(6).tolist())
+    expected = torch.stack([s * x[b] + (1 - s) * x[int(partner[b])] for b, s in rows])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    slopes = torch.randn(shape, generator=g, dtype=torch.float64)
+    gradients = [torch.autograd.grad((y * slopes).sum(), x)[0] for y in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-9)
+    half = blend(x.bfloat16(), partner, share)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), expected, rtol=0.03, atol=0.03)

@@ -10,7 +10,12 @@ ENTRIES = [
     ("power", {"q": 0.0}),
     ("power", {"q": -1.0}),
     ("progressive", {}),
+    ("progressive", {"start": 0.4}),
+    ("reverse", {}),
+    ("oversample", {}),
+    ("undersample", {}),
 ]
+LENGTHS = {"power": 600, "progressive": 600, "reverse": 2 * 600, "oversample": 4 * 400, "undersample": 4 * 10}
 every_entry = pytest.mark.parametrize("name, keywords", ENTRIES, ids=str)
 
 
@@ -26,6 +31,11 @@ def drawn(name, keywords, t=0.3, seed=0, epochs=1, target=None):
     return torch.cat([SAMPLERS[name](COUNTS, target, t, g, **keywords) for _ in range(epochs)])
 
 
+def announced(name, indices):
+    """The draws that `class_probabilities` speaks of: of pairs, the reversed half."""
+    return indices[1::2] if name == "reverse" else indices
+
+
 def test_every_sampler_is_tested():
     assert {name for name, _ in ENTRIES} == set(SAMPLERS)
 
@@ -33,7 +43,7 @@ def test_every_sampler_is_tested():
 @every_entry
 def test_an_epoch_is_valid_indices_of_one_epochs_length(name, keywords):
     indices = drawn(name, keywords)
-    assert indices.shape == (600,) and indices.dtype == torch.int64
+    assert indices.shape == (LENGTHS[name],) and indices.dtype == torch.int64
     assert indices.min() >= 0 and indices.max() < 600
 
 
@@ -46,7 +56,7 @@ def test_the_generator_decides_everything(name, keywords):
         assert torch.equal(first, drawn(name, keywords, seed=9))
     assert not torch.equal(first, drawn(name, keywords, seed=10))
     two = drawn(name, keywords, seed=9, epochs=2)
-    assert not torch.equal(two[:600], two[600:])
+    assert not torch.equal(*two.chunk(2))
 
 
 @every_entry
@@ -55,16 +65,16 @@ def test_classes_come_as_often_as_announced(name, keywords, t):
     p = class_probabilities(name, COUNTS, t, **keywords)
     assert p.dtype == torch.float64 and p.shape == (5,)
     assert p.sum().item() == pytest.approx(1, abs=1e-12)
-    epochs = 50
-    seen = torch.bincount(targets()[drawn(name, keywords, t, epochs=epochs)], minlength=5)
-    deviation = (seen - 600 * epochs * p).square() / (600 * epochs * p).clamp(min=1e-9)
+    indices = announced(name, drawn(name, keywords, t, epochs=50))
+    seen, expected = torch.bincount(targets()[indices], minlength=5), len(indices) * p
+    deviation = (seen - expected).square() / expected.clamp(min=1e-9)
     assert deviation.sum() < 20  # chi-square with 3 degrees of freedom: p < 0.0002
     assert seen[1] == 0 and p[1] == 0
 
 
 @every_entry
 def test_images_of_a_class_come_equally_often(name, keywords):
-    indices = drawn(name, keywords, epochs=100)
+    indices = announced(name, drawn(name, keywords, epochs=100))
     target = targets()
     for c in (0, 2, 3, 4):
         seen = torch.bincount(indices, minlength=600)[target == c].double()
@@ -76,6 +86,49 @@ def test_images_of_a_class_come_equally_often(name, keywords):
 
 def test_power_one_shows_every_image_once():
     assert torch.equal(drawn("power", {}).sort().values, torch.arange(600))
+
+
+def test_the_ordinary_half_of_reverse_is_power_one():
+    indices = drawn("reverse", {}, seed=3)
+    assert torch.equal(indices[::2], drawn("power", {}, seed=3))
+    assert len(indices[1::2].unique()) < 600
+
+
+def test_oversample_repeats_whole_classes_and_a_random_rest():
+    rest = set()
+    for seed in range(3):
+        indices = drawn("oversample", {}, seed=seed)
+        assert torch.bincount(targets()[indices], minlength=5).tolist() == [400, 0, 400, 400, 400]
+        copies = torch.bincount(indices, minlength=600)
+        for c, floor, more in [(0, 1, 0), (2, 2, 100), (3, 10, 0), (4, 40, 0)]:
+            assert copies[targets() == c].bincount().tolist() == [0] * floor + [COUNTS[c] - more] + [more] * bool(more)
+        rest.add(tuple((copies == 3).nonzero().flatten().tolist()))
+        assert len(set(targets()[indices[:200]].tolist())) == 4  # shuffled
+    assert len(rest) == 3
+
+
+def test_undersample_takes_the_smallest_class_and_as_many_of_the_others():
+    kept = set()
+    for seed in range(3):
+        indices = drawn("undersample", {}, seed=seed)
+        assert torch.bincount(targets()[indices], minlength=5).tolist() == [10, 0, 10, 10, 10]
+        assert len(indices.unique()) == 40
+        assert set(indices[targets()[indices] == 4].tolist()) == set((targets() == 4).nonzero().flatten().tolist())
+        assert targets()[indices].diff().count_nonzero() > 10  # shuffled
+        assert indices.diff().sign().unique().tolist() == [-1, 1]
+        kept.add(tuple(indices.sort().values.tolist()))
+    assert len(kept) == 3
+
+
+@pytest.mark.parametrize("name, each", [("oversample", 60), ("undersample", 7)])
+def test_class_sizes_are_those_of_the_images_that_can_be_drawn(name, each):
+    """Whatever the counts say, and whichever classes are empty: the first, one in between or the last."""
+    size = torch.tensor([0, 60, 0, 7, 41, 0])
+    target = targets(size)
+    indices = SAMPLERS[name](torch.tensor([9, 900, 3, 30, 90, 0]), target, 1.0, torch.Generator().manual_seed(0))
+    assert torch.bincount(target[indices], minlength=6).tolist() == [0, each, 0, each, each, 0]
+    copies = torch.bincount(indices, minlength=len(target)).double()
+    assert (copies - each / size[target]).abs().max() < 1  # floor or floor + 1 of each image
 
 
 def test_a_rare_class_of_a_million_is_drawn_correctly():
@@ -112,8 +165,28 @@ def test_the_formulas():
     torch.testing.assert_close(class_probabilities("power", COUNTS, 0.5, q=0.0), balanced)
     torch.testing.assert_close(class_probabilities("progressive", COUNTS, 0.25), 0.75 * n / 600 + 0.25 * balanced)
     torch.testing.assert_close(class_probabilities("progressive", COUNTS, 1.0), balanced)
+    rare = torch.tensor([3, 0, 8, 30, 120]).double() / 161  # 1/400, 1/150, 1/40, 1/10 in units of 1/1200
+    torch.testing.assert_close(class_probabilities("reverse", COUNTS, 0.5), rare)
+    torch.testing.assert_close(class_probabilities("oversample", COUNTS, 0.5), balanced)
+    torch.testing.assert_close(class_probabilities("undersample", COUNTS, 0.5), balanced)
+
+
+@pytest.mark.parametrize("t, u", [(0.5, 0.0), (0.8, 0.0), (0.805, 0.025), (0.9, 0.5), (1.0, 1.0)])
+def test_progressive_goes_its_way_from_its_start_on(t, u):
+    n, balanced = COUNTS.double() / 600, torch.tensor([1, 0, 1, 1, 1]).double() / 4
+    found = class_probabilities("progressive", COUNTS, t, start=0.8)
+    torch.testing.assert_close(found, (1 - u) * n + u * balanced, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("start", [-0.1, 1.0])
+def test_a_start_outside_the_horizon_is_refused(start):
+    message = f"start of progressive is at least 0 and below 1, not {start}"
+    with pytest.raises(ValueError, match=message):
+        class_probabilities("progressive", COUNTS, 1.0, start=start)
+    with pytest.raises(ValueError, match=message):
+        drawn("progressive", {"start": start})
 
 
 def test_an_unknown_sampler_is_refused():
-    with pytest.raises(ValueError, match="'square'; there are power, progressive"):
+    with pytest.raises(ValueError, match="'square'; there are power, progressive, reverse, oversample, under"):
         class_probabilities("square", COUNTS, 1.0)

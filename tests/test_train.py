@@ -9,7 +9,7 @@ from torch import nn
 
 from rayltr import build, catalogue
 from rayltr.interface import Batch, Diverged, Facts, Resources, State
-from rayltr.spec import chain, fn
+from rayltr.spec import chain, fn, parents
 from rayltr.train import assembled, batches, checked, generators, predict, train
 from tests.conftest import tiny
 
@@ -26,10 +26,21 @@ def run(stage):
     """The final state of a chain, trained stage by stage."""
     states = {}
     for own in chain(stage):
-        roles = ("resume", "init", "teacher")
-        given = {role: states[getattr(own, role)] for role in roles if getattr(own, role)}
+        given = {role: states[parent] for role, parent in parents(own).items()}
         states[own], logits = train(own, given, resources=ONE)
     return states[stage], logits
+
+
+TAUGHT = tiny(epochs=1, seed=1)
+TRICKS = {
+    "seql": {"loss": fn("seql", threshold=0.2), "optimiser": fn("sam", lr=0.05, base="sgd")},
+    "pairs": {"sampler": fn("reverse"), "mixing": fn("bbn_mix")},
+    "manifold": {"mixing": fn("manifold", layer="layer2")},
+    "under-sampling": {"sampler": fn("undersample")},
+    "cam": {"method": fn("cam"), "teacher": TAUGHT, "mixing": fn("mixup"), "sampler": fn("power", q=0.0)},
+    "dive": {"method": fn("dive"), "teacher": TAUGHT},
+}
+"""Everything that is random, or made before the first epoch."""
 
 
 def same(one: State, other: State):
@@ -58,6 +69,16 @@ def test_cutting_a_stage_in_two_changes_no_weight(optimiser, precision):
         twice, again = run(whole.but(epochs=4 - cut, resume=first))
         same(once, twice)
         np.testing.assert_array_equal(logits["val"]["main"], again["val"]["main"])
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_cutting_changes_no_weight_whatever_the_trick(trick):
+    whole = tiny(epochs=2, horizon=2, **TRICKS[trick])
+    once, _ = run(whole)
+    twice, _ = run(whole.but(epochs=1, resume=whole.but(epochs=1)))
+    same(once, twice)
+    plain, _ = run(tiny(epochs=2, horizon=2))
+    assert not all(torch.equal(once.model[name], plain.model[name]) for name in plain.model), "the trick does something"
 
 
 def test_a_snapshot_goes_on_where_it_was_taken():

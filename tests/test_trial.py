@@ -89,6 +89,6 @@ def test_a_source_is_known_by_its_content(tmp_path):
 
 
 def test_a_teacher_is_trained_first_and_stays_as_it_is(tmp_path):
-    taught = tiny(teacher=FIRST, seed=1)
+    taught = tiny(method=fn("dive"), teacher=FIRST, seed=1)
     found = run(taught, Store(tmp_path), resources=ONE)
     assert (found.asked, found.trained) == (5, 5)

@@ -15,13 +15,24 @@ from tests.conftest import tiny
 
 FACTS = Facts(("a", "b", "c"), np.array([30, 12, 5]), (0.5,) * 3, (0.25,) * 3, (8, 8))
 METHODS = sorted(catalogue.names("method"))
-CASES = {
-    name: {"method": fn(name), **changes}
-    for name, changes in [(name, {"weight": fn("inverse_frequency")}) for name in METHODS]
-} | {
+TAUGHT = {name for name in METHODS if catalogue.names("method")[name].taught}
+
+
+def asked(name):
+    """The method, with a teacher where it needs one."""
+    return {"method": fn(name), **({"teacher": tiny(seed=1, epochs=1)} if name in TAUGHT else {})}
+
+
+CASES = {name: {**asked(name), "weight": fn("inverse_frequency")} for name in METHODS} | {
     "supervised, mean of images": {"method": fn("supervised", reduction="mean"), "loss": fn("focal")},
     "supervised, mixed": {"method": fn("supervised"), "mixing": fn("mixup"), "weight": fn("effective_number")},
     "supervised, ldam": {"method": fn("supervised"), "loss": fn("ldam"), "head": fn("cosine")},
+    "supervised, influence": {"method": fn("supervised"), "loss": fn("influence_balanced")},
+    "dive, mixed": {**asked("dive"), "mixing": fn("mixup")},
+    **{
+        f"supervised, mixed at {layer}": {"mixing": fn("manifold", layer=layer), "loss": fn("balanced_softmax")}
+        for layer in ("layer1", "layer3", "pool", "fc")
+    },
 }
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -31,14 +42,21 @@ def batch_of(stage, part=slice(None)):
     g = torch.Generator().manual_seed(0)
     views = [torch.rand(8, 3, 8, 8, generator=g, dtype=torch.float64) for _ in stage.views]
     target, share = torch.tensor([0, 0, 1, 0, 1, 2, 0, 1]), torch.rand(8, generator=g, dtype=torch.float64)
-    mixed = (target.roll(3)[part], share[part]) if stage.mixing else (None, None)
+    partner = torch.tensor([2, 4, 0, 1, 3, 7, 5, 6])  # everyone's partner is on the same worker
+    mixed = (target[partner][part], share[part], partner[part] - (part.start or 0)) if stage.mixing else ()
     return Batch([view[part] for view in views], target[part], torch.arange(8)[part], *mixed)
+
+
+def built(stage):
+    """The method in float64, with its teacher."""
+    teacher = build.method(stage.teacher, FACTS).double().eval().requires_grad_(False) if stage.teacher else None
+    return build.method(stage, FACTS, teacher).double()
 
 
 def step(case, wrap, part=slice(None)):
     """Terms, gradients and statistics after one training pass."""
     stage = catalogue.complete(tiny(**CASES[case]))
-    module = build.method(stage, FACTS).double().train()
+    module = built(stage).train()
     model = wrap(module)
     terms = model(batch_of(stage, part))
     torch.stack([*terms.values()]).sum().backward()
@@ -86,28 +104,16 @@ def test_terms_are_finite_scalars_with_gradients(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_prediction_gives_logits_for_every_head(method):
-    module = build.method(catalogue.complete(tiny(method=fn(method))), FACTS).eval()
+    module = build.method(catalogue.complete(tiny(**asked(method))), FACTS).eval()  # no teacher is needed for this
     heads = module.predict(torch.rand(5, 3, 8, 8))
     assert heads and all(z.shape == (5, 3) for z in heads.values())
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_it_trains_and_what_it_keeps_can_be_handed_over(method):
-    stage = tiny(method=fn(method), epochs=1)
+    stage = tiny(**asked(method), epochs=1)
     one = Resources(device="cpu", threads=1)
-    state, _ = train(stage, resources=one)
+    given = {"teacher": train(stage.teacher, resources=one)[0]} if stage.teacher else {}
+    state, _ = train(stage, given, resources=one)
     assert set(state.kept) <= set(state.model)
-    train(stage.but(init=stage), {"init": state}, resources=one)
-
-
-def test_the_weighted_mean_is_that_of_torch():
-    stage = catalogue.complete(tiny(weight=fn("inverse_frequency")))
-    module, batch = build.method(stage, FACTS).double().train(), batch_of(stage)
-    logits = module.predict(batch.views[0])["main"]
-    expected = torch.nn.functional.cross_entropy(logits, batch.target, module.class_weight.double())
-    torch.testing.assert_close(module(batch)["loss"], expected)
-
-
-def test_an_unknown_reduction_is_refused():
-    with pytest.raises(ValueError, match="unknown reduction 'sum': known: weighted_mean, mean"):
-        build.method(catalogue.complete(tiny(method=fn("supervised", reduction="sum"))), FACTS)
+    train(stage.but(init=stage), {**given, "init": state}, resources=one)
