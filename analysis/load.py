@@ -72,7 +72,8 @@ class Run:
 
     @property
     def finished(self) -> list[Trial]:
-        return [trial for trial in self.trials if trial.row["state"] == "complete"]
+        """Trials that came to their end at full length; those of lower rungs only led to them."""
+        return [trial for trial in self.trials if trial.row["state"] == "complete" and choice.whole(trial.row)]
 
     @cached_property
     def chosen(self) -> dict[str, Trial]:

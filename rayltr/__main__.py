@@ -1,4 +1,4 @@
-"""`rayltr search|train|export|predict|report ...`: the commands under one name."""
+"""`rayltr search|train|export|predict|report|prune ...`: the commands under one name."""
 
 import sys
 from importlib import import_module
@@ -9,6 +9,7 @@ COMMANDS = {
     "export": ("rayltr.export", "write the best configuration and weights of a run as files"),
     "predict": ("rayltr.predict", "use an exported model on images"),
     "report": ("analysis.__main__", "write the report of a run"),
+    "prune": ("rayltr.prune", "make a run small: weights of its best trials only"),
 }
 
 

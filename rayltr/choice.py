@@ -13,18 +13,33 @@ BEST = {
 
 
 def best(rows: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """The best complete trial by balanced, many and few accuracy, and the best of the control arm (`control`).
+    """The best trial of full length by balanced, many and few accuracy, and the best of the control arm (`control`).
 
     A trial that is worse than the control on balance is no choice, however good it is at one end.
     rows: of the trials table.  A choice that no trial allows (no finite score) is absent.
     """
-    done = [row for row in rows if row["state"] == "complete"]
+    done = [row for row in rows if row["state"] == "complete" and whole(row)]
     control = top([row for row in done if row.get("p.arm") == "control"], *BEST["balanced"])
     floor = score(control, "fitted_balanced") if control else 0.0
     worthy = [row for row in done if score(row, "fitted_balanced") >= floor]
     found = {name: top(worthy, *scores) for name, scores in BEST.items()}
     found["control"] = control
     return {name: row for name, row in found.items() if row is not None}
+
+
+def share(row: Mapping[str, Any]) -> float:
+    """The length of a trial as a share of the full one; 1 where nothing else is recorded."""
+    return row.get("share") or 1.0
+
+
+def whole(row: Mapping[str, Any]) -> bool:
+    """Whether a trial was trained at full length, not only on a lower rung."""
+    return share(row) == 1
+
+
+def rung_of(row: Mapping[str, Any]) -> int:
+    """The rung of a row of the trials table: 0007 is on the lowest, 0007.1 on the next."""
+    return int(row["trial"].partition(".")[2] or 0)
 
 
 def top(rows: Iterable[Mapping[str, Any]], first: str, second: str) -> Mapping[str, Any] | None:

@@ -31,6 +31,7 @@ HOTTEST = 100.0
 SUMMARY = (
     *("accuracy", "balanced", *GROUPS, "worst_decile", "nll", "balanced_nll", "ece"),
     *("tau", "temperature", "fitted_nll", "fitted_accuracy", "fitted_balanced", *(f"fitted_{name}" for name in GROUPS)),
+    *("fitted_worst_decile", "fitted_ece"),
 )
 """The keys of `summary`."""
 
@@ -161,16 +162,22 @@ def summary(
     if not (z.size and np.isfinite(z).all()):
         return dict.fromkeys(SUMMARY, np.nan)
     tau, temperature, nll = fit(z, target, counts)
-    fitted = scores(z, target, counts, groups, tau, temperature)
+    fitted = _described(adjust(z / temperature, counts, tau), target, counts, groups)
     return {
-        **scores(z, target, counts, groups),
-        "worst_decile": worst_decile(class_accuracy(z.argmax(1), target, z.shape[1])),
+        **_described(z, target, counts, groups),
         "nll": _mean(_nll(z, target, 1.0, np.zeros((1, z.shape[1])))),
         "balanced_nll": balanced_nll(z, target, z.shape[1]),
-        "ece": ece(z, target),
         **{"tau": tau, "temperature": temperature, "fitted_nll": nll},
         **{f"fitted_{name}": value for name, value in fitted.items()},
     }
+
+
+def _described(
+    z: NDArray[Any], target: Indices, counts: ArrayLike, groups: Mapping[str, ArrayLike]
+) -> dict[str, float]:
+    """What is said of raw and of corrected logits alike: the scores, the worst tenth of the classes, calibration."""
+    tail = worst_decile(class_accuracy(z.argmax(1), target, z.shape[1]))
+    return {**scores(z, target, counts, groups), "worst_decile": tail, "ece": ece(z, target)}
 
 
 def sweep(

@@ -21,7 +21,7 @@ class Progress:
     def __init__(self) -> None:
         self.console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
         self.live: Live | None = None
-        self.running: dict[int, Mapping[str, Any]] = {}
+        self.running: dict[str, Mapping[str, Any]] = {}
         self.rows: list[Mapping[str, Any]] = []
         self.left, self.began, self.said = 0, time.monotonic(), 0.0
 
@@ -41,16 +41,16 @@ class Progress:
 
     def moved(self, record: Mapping[str, Any]) -> None:
         """A running trial reports an epoch (or only its start)."""
-        number = record["number"]
-        first = "epoch" not in self.running.get(number, {})  # its begin and its first epoch are always shown
-        self.running[number] = record
+        trial = record["trial"]
+        first = "epoch" not in self.running.get(trial, {})  # its begin and its first epoch are always shown
+        self.running[trial] = record
         if self.live or not (first or time.monotonic() - self.said > QUIET_S):
             return
         self.said = time.monotonic()
-        self.say(f"  {number:04d} {stood(record)}")
+        self.say(f"  {trial} {stood(record)}")
 
     def ended(self, row: Mapping[str, Any]) -> None:
-        self.running.pop(row["number"], None)
+        self.running.pop(row["trial"], None)
         self.rows.append(row)
         if self.live is None:
             self.say(f"  {row['trial']} {outcome(row)}  [{len(self.rows)}/{self.left}]")
@@ -67,8 +67,8 @@ class Progress:
             table.add_column(name, justify="left" if name in ("trial", "what") else "right", no_wrap=name != "what")
         for row in self.rows[-25:]:
             table.add_row(row["trial"], *cells(row), described(row))
-        for number, record in sorted(self.running.items()):
-            table.add_row(f"{number:04d}", "", "", "", "", "", stood(record))
+        for trial, record in sorted(self.running.items()):
+            table.add_row(trial, "", "", "", "", "", stood(record))
         return table
 
 

@@ -1,7 +1,9 @@
-"""What Optuna sees of a search: the space, the journal of all that was asked, and what it is told."""
+"""The recipes of a search: what Optuna is asked and told, kept in the run's journal, as jobs of the agenda."""
 
+import json
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,90 +11,131 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
-from ray.tune.search.optuna import OptunaSearch
 
 from rayltr import records
+from rayltr.agenda import Agenda, Job, Values
+from rayltr.choice import rung_of
 from rayltr.objectives import OBJECTIVES, direction, values
-from rayltr.studies import CONTROL, STUDY, Plan, find
-
-SAMPLERS = {
-    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True),
-    "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed),
-    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
-    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
-}
+from rayltr.sampling import number
+from rayltr.spec import parse
+from rayltr.studies import CONTROL, EVERY, FIDELITIES, STUDY, Plan, find
 
 
-class Space:
-    """What Optuna is asked for: a point of either arm, checked before it is run.  Picklable by its path."""
+class Proposals:
+    """The proposals of a run, each a point of the study's space under a number of its own.
 
-    def __init__(self, plan: Plan):
-        self.plan = plan
-
-    def __call__(self, trial: Any) -> dict[str, Any]:
-        """The constants of the trial: its number and, for a point that is no valid chain, what is `broken` there."""
-        try:
-            self.plan.changed(find(self.plan.study)(trial))
-        except ValueError as error:
-            return {"number": trial.number, "broken": str(error)}
-        return {"number": trial.number}
-
-
-class StudySearch(OptunaSearch):
-    """OptunaSearch that tells the study the truth: failed and unfinished trials are no results, epochs no values."""
-
-    def on_trial_result(self, trial_id: str, result: dict) -> None:
-        """Values on the way are not told: a truncated schedule says little about a deferred recipe."""
-
-    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        asked = self._ot_trials.get(trial_id)
-        if asked is None or trial_id in self._completed_trials:
-            return
-        names = self.metric if isinstance(self.metric, list) else [self.metric]
-        found = [(result or {}).get(name) for name in names]
-        good = bool(result and result.get("final")) and all(
-            isinstance(value, (int, float)) and math.isfinite(value) for value in found
-        )
-        super().on_trial_complete(trial_id, result if good else None, error=not good)
-        if result and result.get("state") == "interrupted":
-            self._ot_study.enqueue_trial(asked.params)  # type: ignore[attr-defined]
-
-
-def ended(run: str) -> list[dict[str, Any]]:
-    return [row for row in records.read_trials(run).to_pylist() if row["state"] in ("complete", "failed", "pruned")]
-
-
-def asked_study(run: str, objectives: tuple[str, ...], trials: int) -> optuna.Study:
-    """The Optuna study of a run: its journal, in which the trials that a crash left open are asked again.
-
-    Which arm each trial has is laid down from the start (see `arms`); the sampler fills the rest.
+    plans: one for each rung, the last at full length.  starts: points of the study to propose first.  What a crash
+    left open is proposed again, before anything else, under its number and with what was drawn for it.
     """
+
+    def __init__(
+        self,
+        run: str,
+        plans: Sequence[Plan],
+        objectives: Sequence[str],
+        trials: int,
+        sampler: optuna.samplers.BaseSampler,
+        starts: Sequence[Mapping[str, Any]] = (),
+    ):
+        self.run, self.plans, self.objectives = run, plans, tuple(objectives)
+        self.space = find(plans[-1].study)
+        self.study = journal(run, self.objectives)
+        self.study.sampler = sampler
+        self._reopen({row["number"]: row for row in ended(run) if not rung_of(row)})
+        known = self.study.user_attrs.get("numbers", 0)
+        for position, point in enumerate(laid_out(trials, starts if not known else ())):
+            if position >= known:
+                self.study.enqueue_trial(point)
+        self.study.set_user_attr("numbers", max(trials, known))
+
+    def _reopen(self, told: Mapping[int, Mapping[str, Any]]) -> None:
+        """Tells the study what the records know already, and lets it ask again what they do not."""
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            row = told.get(number(self.study, trial))
+            if row is None:
+                self.study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+            else:
+                self.tell(trial.number, reached(row, self.objectives))
+
+    def agenda(self, fidelity: str, ahead: int) -> Agenda:
+        """The agenda of what is left to do."""
+        made = Agenda(self.propose, self.promoted, FIDELITIES[fidelity], ahead)
+        for row in ended(self.run):
+            params = {key[2:]: value for key, value in row.items() if key.startswith("p.") and value is not None}
+            stage = parse(json.loads(row["recipe"])) if row["recipe"] else None
+            made.ended(
+                Job(row["number"], rung_of(row), params, stage=stage), self.judged(reached(row, self.objectives))
+            )
+        return made
+
+    def propose(self) -> Job | None:
+        """The next proposal, or None when all have been made."""
+        if not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            return None
+        trial = self.study.ask()
+        broken = None
+        try:
+            self.space(trial)
+        except ValueError as error:
+            broken = str(error)
+        return self.job(number(self.study, trial), 0, trial.params, trial.number, broken)
+
+    def promoted(self, job: Job) -> Job:
+        return self.job(job.number, job.rung + 1, job.params, job.asked)
+
+    def job(self, own: int, rung: int, params: dict[str, Any], asked: int, broken: str | None = None) -> Job:
+        """A job with its chain; a point that is no valid chain becomes a broken one."""
+        try:
+            stage = None if broken else self.plans[rung].stage(self.space, params)
+        except ValueError as error:
+            stage, broken = None, str(error)
+        return Job(own, rung, params, asked, stage, broken)
+
+    def tell(self, asked: int, found: Sequence[float] | None) -> None:
+        """Tells Optuna what a proposal reached on the lowest rung: its objectives, or that it failed."""
+        if found is None:
+            self.study.tell(asked, state=TrialState.FAIL)
+        else:
+            self.study.tell(asked, list(found))
+
+    def judged(self, found: Sequence[float] | None) -> Values | None:
+        """Objectives as the agenda compares them: less is better."""
+        if found is None:
+            return None
+        signs = [1 if direction(name) == "min" else -1 for name in self.objectives]
+        return tuple(sign * value for sign, value in zip(signs, found, strict=True))
+
+
+def journal(run: str, objectives: Sequence[str]) -> optuna.Study:
+    """The Optuna study in the journal of a run."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # TPE's `group`, which we want
-    storage = JournalStorage(JournalFileBackend(str(Path(run) / "optuna.journal")))
-    study = optuna.create_study(
-        storage=storage,
+    return optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(str(Path(run) / "optuna.journal"))),
         study_name="rayltr",
         directions=["minimize" if direction(name) == "min" else "maximize" for name in objectives],
         load_if_exists=True,
     )
-    known = {row["number"]: row for row in ended(run)}
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        told = known.get(trial.number)
-        if told and told["state"] == "complete":
-            metrics = {name: told[f"m.val.{name}"] for name in OBJECTIVES.values() if f"m.val.{name}" in told}
-            study.tell(trial.number, list(values(metrics, objectives).values()))
-            continue
-        if told:
-            study.tell(trial.number, state=TrialState.FAIL)
-        else:  # asked again under its number, with what was drawn for it, before any other
-            storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
-    for arm in arms(trials)[study.user_attrs.get("arms", 0) :]:
-        study.enqueue_trial({"arm": arm})
-    study.set_user_attr("arms", max(trials, study.user_attrs.get("arms", 0)))
-    return study
 
 
-def arms(trials: int) -> list[str]:
-    """The arm of each trial, as enqueued: the first and then every fifth is the control's."""
-    return [CONTROL if number % 5 == 0 else STUDY for number in range(trials)]
+def laid_out(trials: int, starts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What is fixed of every proposal: its arm, and of the first ones of the study the point itself."""
+    first = iter(starts)
+    return [{"arm": CONTROL} if number % EVERY == 0 else {"arm": STUDY, **next(first, {})} for number in range(trials)]
+
+
+def ended(run: str) -> list[dict[str, Any]]:
+    """The rows of trials that are over; interrupted ones are not."""
+    return [row for row in records.read_trials(run).to_pylist() if row["state"] in ("complete", "failed", "pruned")]
+
+
+def reached(row: Mapping[str, Any], objectives: Sequence[str]) -> list[float] | None:
+    """The objectives of a row of the trials table, or None if it failed or one of them is no number."""
+    metrics = {name: row.get(f"m.val.{name}") for name in OBJECTIVES.values()}
+    return measured(metrics, objectives) if row["state"] == "complete" else None
+
+
+def measured(metrics: Mapping[str, Any], objectives: Sequence[str]) -> list[float] | None:
+    """The objectives among the metrics of a trial, or None if one of them is no finite number."""
+    found = list(values(metrics, tuple(objectives)).values())
+    return found if all(isinstance(value, (int, float)) and math.isfinite(value) for value in found) else None

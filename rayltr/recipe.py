@@ -5,6 +5,7 @@ The run folder it leaves is that of a search with one trial: reports, exports an
 
 import argparse
 import json
+import math
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -51,10 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.recipe is None:
         raise ValueError(f"which recipe? a study ({', '.join(studies.names())}), a config.json or a run with --trial")
     name, stage, params = asked(options)
+    again = Path(options.recipe) if options.trial else None
     data = command.opened(stage.source)
     command.usable(options.device)
     run = Path(options.storage).absolute() / (options.name or f"{name}-{digest(stage)[:8]}")
     settled = {"recipe": dump(stage), "data": data.digest}
+    if again and run.resolve() == again.resolve():
+        raise ValueError(f"{run} holds the trial already; --name or --storage gives the new training a run of its own")
     if not (run / "run.json").exists():
         more = {
             "command": command.typed("rayltr.train", [], arguments),
@@ -70,7 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"note: {warning}")
     print(f"{len(chain(stage))} stage(s), {command.length(stage)} epochs; everything goes to {run}", flush=True)
     with command.locked(run):
-        return trained(run, name, stage, params, options)
+        trained(run, name, stage, params, options)
+    if again:
+        print(replayed(again, options.trial, run))
+    return 0
 
 
 def asked(options: argparse.Namespace) -> tuple[str, Stage, dict[str, Any]]:
@@ -90,8 +97,8 @@ def asked(options: argparse.Namespace) -> tuple[str, Stage, dict[str, Any]]:
     if is_run:
         row = recorded(path, options.trial)
         if options.threads is None:  # sums depend on their number, so a trial is trained again with as many
-            options.threads = records.read_run(path)["arguments"].get("cpus_per_trial")
-        name, stage = f"{path.name}-{row['trial']}", parse(json.loads(row["recipe"]))
+            options.threads = threads(records.read_run(path))
+        name, stage = f"{path.resolve().name}-{row['trial']}", parse(json.loads(row["recipe"]))
         params = {key[2:]: value for key, value in row.items() if key.startswith("p.") and value is not None}
     else:
         name, stage = path.stem, recipe_in(path)
@@ -121,7 +128,8 @@ def recorded(run: Path, trial: str | None) -> Mapping[str, Any]:
     """The row of a trial in a run's records.  Raises ValueError for what is no run, or listing the trials it has."""
     records.read_run(run)
     rows = {row["trial"]: row for row in records.read_trials(run).to_pylist()}
-    trial = trial.zfill(4) if trial else trial
+    if trial:  # 7.1 is 0007.1
+        trial = ".".join([trial.partition(".")[0].zfill(4), *trial.split(".")[1:]])
     if trial is None or trial not in rows:
         raise ValueError(f"which --trial? {run} has {', '.join(sorted(rows)) or 'no trials'}")
     if not rows[trial]["recipe"]:
@@ -136,7 +144,7 @@ def preset(study: Study, name: str) -> Mapping[str, Any]:
     return study.presets[name]
 
 
-def trained(run: Path, name: str, stage: Stage, params: dict[str, Any], options: argparse.Namespace) -> int:
+def trained(run: Path, name: str, stage: Stage, params: dict[str, Any], options: argparse.Namespace) -> None:
     """Trains the chain, opens the test split once, and leaves records and report."""
     trial = import_module("rayltr.trial")  # torch, only now that everything is known to be possible
     began = datetime.now(UTC)
@@ -172,7 +180,8 @@ def trained(run: Path, name: str, stage: Stage, params: dict[str, Any], options:
         **{f"m.val.{key}": value for key, value in found.metrics.items()},
         **{f"m.test.{key}": value for key, value in scores.items()},
     }
-    records.append_epochs(run, [{"trial": "0000", **epoch} for epoch in found.epochs])
+    if len(found.epochs) >= records.read_epochs(run).num_rows:  # a run that was pruned has forgotten some of them
+        records.append_epochs(run, [{"trial": "0000", **epoch} for epoch in found.epochs])
     if not records.read_trials(run).num_rows:
         info = records.read_run(run)
         opening = {"when": row["ended"].isoformat(timespec="seconds"), "trials": ["0000"]}
@@ -186,7 +195,53 @@ def trained(run: Path, name: str, stage: Stage, params: dict[str, Any], options:
         print(f"report: {import_module('analysis.report').write(run)}")
     except ModuleNotFoundError as missing:
         print(f"no report: {missing.name} is not installed")
-    return 0
+
+
+def replayed(there: Path, trial: str, here: Path) -> str:
+    """In one line, how the trial that the run `here` has trained again compares with its record in the run `there`."""
+    before, after = recorded(there, trial), recorded(here, "0000")
+    of = f"the record of trial {before['trial']} in {there}"
+    done = "replayed" if after["epochs_trained"] else f"nothing to train, {here} holds the replay"
+    if before["state"] != "complete":
+        return f"{done}: nothing to compare with, because trial {before['trial']} of {there} is {before['state']}"
+    if before["address"] != after["address"]:
+        return f"{done}: not compared with {of}: the recipe, the data or the version of the numerics is another"
+    gaps = differences(measured(before), measured(after))
+    if not gaps:
+        return f"{done}: all {len(measured(after))} validation metrics are identical to {of}"
+    largest = ", ".join(f"{name} by {gaps[name]:.2g}" for name in sorted(gaps, key=lambda name: -gaps[name])[:3])
+    return f"{done}: {len(gaps)} validation metrics differ from {of} ({largest}); {causes(there, here)}"
+
+
+def differences(old: Mapping[str, float], new: Mapping[str, float]) -> dict[str, float]:
+    """How far metrics that are not the same to the last bit are apart; infinitely where only one was measured."""
+    gaps = {name: abs(old.get(name, math.nan) - new.get(name, math.nan)) for name in {**old, **new}}
+    same = {name for name in gaps if repr(old.get(name)) == repr(new.get(name))}
+    return {name: math.inf if math.isnan(gap) else gap for name, gap in gaps.items() if name not in same}
+
+
+def causes(there: Path, here: Path) -> str:
+    """What may explain that two runs of one recipe differ: what else does, of all that the last bits depend on."""
+    then, now = (circumstances(records.read_run(run)) for run in (there, here))
+    other = [f"{name} {now[name]} (there {then[name]})" for name in now if now[name] != then[name]]
+    return f"what may explain it: {', '.join([*other, 'another processor or GPU'])}"
+
+
+def circumstances(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run.json says of them."""
+    found = {name: info["versions"].get(name) for name in ("rayltr", "torch", "torchvision", "timm", "numpy")}
+    return {**found, "threads": threads(info) or "as torch chose", "workers": info["arguments"].get("workers", 1)}
+
+
+def threads(info: Mapping[str, Any]) -> int | None:
+    """The CPU threads of a trial of a run; None: as torch chose."""
+    return info["arguments"].get("cpus_per_trial", info["arguments"].get("threads"))
+
+
+def measured(row: Mapping[str, Any]) -> dict[str, float]:
+    """The validation metrics of a row of the trials table, without those that are times."""
+    found = {name[6:]: value for name, value in row.items() if name.startswith("m.val.") and value is not None}
+    return {name: value for name, value in found.items() if not name.endswith("_s")}
 
 
 class Lines:

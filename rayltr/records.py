@@ -42,6 +42,9 @@ TRIALS = pa.schema(
         "classes": pa.int32(),
         "epochs_asked": pa.int32(),
         "epochs_trained": pa.int32(),
+        "epochs_resumed": pa.int32(),
+        "share": pa.float64(),
+        "again": pa.bool_(),
         "wall_s": pa.float64(),
         "objective": pa.float64(),
         "predictions_val": pa.string(),
@@ -52,7 +55,11 @@ TRIALS = pa.schema(
         "ended": pa.timestamp("ms", "UTC"),
     }
 )
-"""The fixed columns of trials.parquet.  Paths are relative to the run folder; `recipe` is the stage as JSON."""
+"""The fixed columns of trials.parquet.  Paths are relative to the run folder; `recipe` is the stage as JSON.
+
+`share` is the length of the training as a share of the search's full length, `epochs_resumed` what an interrupted
+attempt had trained, `again` marks a trial that died once and was repeated alone.
+"""
 
 EPOCHS = pa.schema(
     {

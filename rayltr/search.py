@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rayltr import command, objectives, records, studies
-from rayltr.catalogue import names
+from rayltr.catalogue import names, nearest
 from rayltr.command import FAILED, INTERRUPTED, Refused
 from rayltr.data.images import cpus
 from rayltr.progress import Progress
@@ -25,6 +25,15 @@ from rayltr.summary import finished
 
 EPOCHS = 20
 """Length of a chain unless --epochs says otherwise: a look at the data, not the paper's 200 to 400."""
+MANY, LONG = 18, 45
+"""From so many trials of so many epochs on, short schedules decide which recipes are trained in full."""
+FIDELITY = (
+    "schedules: every recipe trains on a complete schedule of a ninth of --epochs, the best of each nine in full; "
+    "halving: two such steps, of a third each; curves: beginnings of full schedules, where the study allows it; none: "
+    f"all in full (default: schedules from {MANY} trials of {LONG} epochs on)"
+)
+AHEAD = 4
+"""How many proposals are drawn in advance with --prefer-stored."""
 CHECKED = 24
 """Random points of a space that are checked before a search starts: a misspelt name is found now, not after hours."""
 
@@ -43,7 +52,14 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--trials", type=int, default=20, metavar="N", help="trials in all (default 20)")
     group.add_argument("--objective", "--objectives", default="balanced_nll", metavar="NAME[,NAME]",
                        help=f"one or more of {', '.join(objectives.OBJECTIVES)} (default balanced_nll)")  # fmt: skip
-    group.add_argument("--sampler", choices=("tpe", "nsga2", "random", "gp"), default="tpe")
+    group.add_argument("--sampler", choices=("tpe", "nsga2", "nsga3", "gp", "quasi", "random"), default="tpe",
+                       help="what proposes, after a balanced design of 30 %% of the trials (default tpe)")  # fmt: skip
+    group.add_argument("--fidelity", choices=("auto", *studies.FIDELITIES), default="auto", help=FIDELITY)
+    group.add_argument("--start", metavar="PRESET,...", help="presets to try first (default: the first of the study)")
+    group.add_argument(
+        "--warm-start", nargs="+", default=[], metavar="RUN", help="learn from the records of other runs"
+    )
+    group.add_argument("--prefer-stored", action="store_true", help="of several proposals, begin with what shares most")
     group = made.add_argument_group("where it runs")
     group.add_argument("--storage", default="runs", metavar="PATH", help="folder of the runs (default ./runs)")
     group.add_argument("--name", metavar="RUN", help="name of the run (default: from the study, data and arguments)")
@@ -71,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if plan.batch is None and len(data.train) < 1280:
         plan = replace(plan, batch=command.fitting_batch(len(data.train)))
     chosen = {**command.plan_json(plan), "study": study.name, "source": data.digest}
-    settled = {**chosen, "objectives": aims, "sampler": options.sampler}
+    settled = {**chosen, "objectives": aims, "sampler": options.sampler, "fidelity": options.fidelity}
     run = folder(options, study, plan, command.fingerprint(settled, study.file.read_bytes().hex()))
     new = begin(run, options, study, settled, data, arguments)
     if plan.study != study.name:  # a file of the user's: what is edited meanwhile must not change a running search
@@ -101,8 +117,25 @@ def asked(options: argparse.Namespace) -> tuple[Study, Plan]:
     plan = command.plan_of(options, place, study.point(studies.STUDY, RandomTrial(0)))
     precision = plan.precision or command.native_precision()
     plan = replace(plan, precision=precision, epochs=plan.epochs or EPOCHS, seed=plan.seed or 0)
-    checked(study, plan)
+    if options.fidelity == "auto":
+        assert plan.epochs is not None
+        options.fidelity = "schedules" if options.trials >= MANY and plan.epochs >= LONG else "none"
+    if options.fidelity == "curves" and not study.curves:
+        raise ValueError(f"the study {study.name} does not say that the beginnings of its schedules rank its recipes "
+                         "fairly (CURVES = True); use --fidelity schedules")  # fmt: skip
+    for name in presets(options) or ():
+        if name not in study.presets:
+            raise ValueError(
+                f"--start {name}: the study {study.name} has no such preset; {nearest(name, study.presets)}"
+            )
+    for rung in studies.rungs(plan, options.fidelity):
+        checked(study, rung)
     return study, plan
+
+
+def presets(options: argparse.Namespace) -> tuple[str, ...] | None:
+    """The presets that --start names, or None where the study decides."""
+    return None if options.start is None else tuple(filter(None, options.start.split(",")))
 
 
 def checked(study: Study, plan: Plan) -> None:
@@ -159,9 +192,9 @@ def begin(run: Path, options: Any, study: Study, settled: Mapping, data: Any, ar
         info = records.read_run(run)
         if info.get("settled") != settled or (run / f"{study.name}.py").read_bytes() != study.file.read_bytes():
             raise Refused(f"{run} is a run with other arguments, data or study; choose another --name")
-        ended = records.read_trials(run).num_rows
-        if ended < options.trials and not options.resume:
-            have = f"{run} has {ended} of {options.trials} trials"
+        ended, wanted = records.read_trials(run).num_rows, studies.jobs(options.trials, options.fidelity)
+        if ended < wanted and not options.resume:
+            have = f"{run} has {ended} of {wanted} trials"
             raise Refused(f"{have}; go on with --resume, or choose another --name")
         return False
     if options.resume:
@@ -177,6 +210,8 @@ def searched(run: Path, new: bool, options: Any, plan: Plan, aims: tuple[str, ..
     tuning = import_module("rayltr.tuning")  # Ray and Optuna, only now that everything is known to be possible
     settings = tuning.Settings(
         run=str(run), plan=plan, trials=options.trials, objectives=aims, sampler=options.sampler,
+        fidelity=options.fidelity, start=presets(options), warm=tuple(options.warm_start),
+        ahead=AHEAD * options.prefer_stored,
         workers=options.workers, cpus=options.cpus_per_trial,
         gpus=-1.0 if options.gpus_per_trial is None else options.gpus_per_trial,
         concurrent=options.concurrent, address=options.address, dashboard=not options.no_dashboard,

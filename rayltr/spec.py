@@ -134,6 +134,18 @@ def _rescaled(stage: Stage, cuts: dict[Stage, int], factor: float) -> Stage:
     return short.but(horizon=max(end(short), round(stage.horizon * factor)))
 
 
+def truncated(stage: Stage, epochs: int) -> Stage:
+    """The same chain cut off after `epochs` epochs in all; schedules stay those of the whole chain."""
+    done = 0
+    if epochs >= sum(own.epochs for own in chain(stage)):
+        return stage
+    for own in chain(stage):
+        if own.epochs and done + own.epochs >= epochs:
+            return own.but(epochs=epochs - done, horizon=own.horizon or end(own))
+        done += own.epochs
+    return stage
+
+
 def mapped(stage: Stage, change: Callable[[Stage], Stage]) -> Stage:
     """The chain with `change` applied to every stage, parents first."""
     return change(stage.but(**{role: mapped(parent, change) for role, parent in parents(stage).items()}))

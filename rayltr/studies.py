@@ -1,9 +1,10 @@
 """Studies by name or by file, and the plan that turns a point of a study's space into a chain for the user's data."""
 
 import csv
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -12,11 +13,26 @@ from typing import Any
 
 import search_spaces
 from rayltr import catalogue
-from rayltr.spec import AXES, FixedTrial, Fn, Stage, Trial, mapped, parents, scaled
+from rayltr.spec import AXES, FixedTrial, Fn, Stage, Trial, mapped, parents, scaled, truncated
 from search_spaces import control as default_control
 
 CONTROL, STUDY = "control", "study"
 """The two values of the parameter `arm`: the tuned plain baseline that every search contains, and the study itself."""
+
+
+EVERY = 5
+"""The first and then every fifth proposal of a search is of the control arm."""
+
+FIDELITIES = {"none": (), "schedules": (9,), "halving": (3, 3), "curves": (3, 3)}
+"""How a search may save epochs: for every rung below the full length, of how many recipes one goes on to the next.
+
+`schedules` and `halving` train complete short schedules, because a recipe that changes something late gains only
+then; `curves` trains the beginnings of full schedules, which only some studies allow.
+"""
+
+
+SHORTEST = 3
+"""Epochs of the shortest rung: chains have up to three stages."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +40,8 @@ class Study:
     """A space of chains.
 
     control: the plain baseline, tuned like the rest.  presets: named points of the space.  published: what the
-    literature reports for a preset, by the column of the table beside the study (see `reported`).
+    literature reports for a preset, by the column of the table beside the study (see `reported`).  curves: whether
+    the beginnings of its schedules rank its recipes fairly (`CURVES = True` in the file).
     """
 
     name: str
@@ -33,6 +50,7 @@ class Study:
     presets: Mapping[str, Mapping[str, Any]]
     published: Mapping[str, Mapping[str, str]]
     file: Path
+    curves: bool = False
 
     def __call__(self, trial: Trial) -> Stage:
         """The chain of a trial of either arm."""
@@ -91,7 +109,8 @@ def _study(module: ModuleType, name: str) -> Study:
     control = getattr(module, "control", apart)
     assert module.__file__ is not None
     file = Path(module.__file__)
-    return Study(name, module.space, control, presets, reported(file.with_suffix(".csv")), file)
+    return Study(name, module.space, control, presets, reported(file.with_suffix(".csv")), file,
+                 bool(getattr(module, "CURVES", False)))  # fmt: skip
 
 
 def reported(table: Path) -> dict[str, dict[str, str]]:
@@ -159,7 +178,8 @@ def sound(stage: Any, origin: str) -> Stage:
 class Plan:
     """What the command line changes in every chain of a study; None leaves the study's own choice.
 
-    study: name or path.  epochs: length of the whole chain.  Resources and places are not here: a plan changes numbers.
+    study: name or path.  epochs: length of the whole chain.  cut: train only its first epochs, on its own schedule.
+    Resources and places are not here: a plan changes numbers.
     """
 
     study: str
@@ -169,13 +189,15 @@ class Plan:
     backbone: Fn | None = None
     precision: str | None = None
     seed: int | None = None
+    cut: int | None = None
 
     def changed(self, stage: Stage) -> Stage:
         """The chain as it is run: on the user's data, scaled to the epochs asked for, completed and checked."""
         wanted = {name: getattr(self, name) for name in ("source", "batch", "backbone", "precision", "seed")}
         changes = {name: value for name, value in wanted.items() if value is not None}
         stage = mapped(stage, lambda own: own.but(**changes))
-        return catalogue.complete(stage if self.epochs is None else scaled(stage, self.epochs))
+        whole = catalogue.complete(stage if self.epochs is None else scaled(stage, self.epochs))
+        return whole if self.cut is None else truncated(whole, self.cut)
 
     def stage(self, study: Study, params: Mapping[str, Any]) -> Stage:
         """The chain of one point of the space.  Raises ValueError for a parameter the space does not use."""
@@ -184,3 +206,30 @@ class Plan:
         if unused := sorted(set(params) - set(trial.asked)):
             raise ValueError(f"the study {study.name} has no use for the parameter {unused[0]!r} at this point")
         return self.changed(stage)
+
+
+def rungs(plan: Plan, fidelity: str) -> tuple[Plan, ...]:
+    """The plans of the rungs of a search, shortest first; the last is the plan itself.
+
+    Raises ValueError when the shortest rung would have less than three epochs.
+    """
+    blocks = FIDELITIES[fidelity]
+    if not blocks:
+        return (plan,)
+    assert plan.epochs is not None
+    lengths = [round(plan.epochs / math.prod(blocks[rung:])) for rung in range(len(blocks))]
+    if lengths[0] < SHORTEST:
+        raise ValueError(f"--fidelity {fidelity} trains recipes for a {math.prod(blocks)}th of --epochs {plan.epochs} "
+                         f"first; that takes at least {SHORTEST * math.prod(blocks)} epochs")  # fmt: skip
+    how = "cut" if fidelity == "curves" else "epochs"
+    return (*(replace(plan, **{how: length}) for length in lengths), plan)  # type: ignore[arg-type]
+
+
+def jobs(trials: int, fidelity: str) -> int:
+    """How many trainings a search of so many proposals has, on all rungs."""
+    control = math.ceil(trials / EVERY)
+    arms, total = [control, trials - control], trials
+    for block in FIDELITIES[fidelity]:
+        arms = [math.ceil(count / block) for count in arms]
+        total += sum(arms)
+    return total

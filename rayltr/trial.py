@@ -14,7 +14,7 @@ from rayltr.evaluate import evaluate, tested
 from rayltr.interface import Resources, State
 from rayltr.parallel import agreed, barrier, rank
 from rayltr.records import read_predictions, write_predictions
-from rayltr.spec import Fn, Stage, chain, digest, end, fn, mapped, parents, parse
+from rayltr.spec import Fn, Stage, chain, digest, end, fn, mapped, parents, parse, start
 from rayltr.store import Store
 from rayltr.studies import find
 from rayltr.train import assembled, facts, predict, train
@@ -27,7 +27,8 @@ WAIT_S = 0.5
 class Result:
     """What a trial found and what it cost.
 
-    metrics: validation metrics by name.  asked, trained: epochs of the whole chain, and those really trained here.
+    metrics: validation metrics by name, and `cost_s`, the seconds that training the whole chain takes.  asked: epochs
+    of the chain; trained: those trained here; resumed: those that an interrupted attempt had trained.
     predictions: path of the validation predictions.  epochs: rows for the epoch records.
     """
 
@@ -36,6 +37,7 @@ class Result:
     metrics: dict[str, float]
     asked: int
     trained: int
+    resumed: int
     wall_s: float
     predictions: str
     epochs: list[dict[str, Any]] = field(default_factory=list)
@@ -60,7 +62,7 @@ class Trial:
         self.stage, self.store = complete(stage), store
         self.resources, self.report = resources or Resources(), report
         self.sources: dict[Fn, Data] = {}
-        self.trained, self.names = 0, {}
+        self.trained, self.resumed, self.names = 0, 0, {}
         for own in chain(self.stage):
             self.names[own] = identified(own, lambda source: self.data(source).digest)
 
@@ -92,6 +94,8 @@ class Trial:
         begun = self._stored(stage)
         if begun and begun.epoch == end(stage):
             return begun
+        if begun and rank() == 0 and self.store.epochs(self.names[stage])[0][1]:
+            self.resumed += begun.epoch - start(stage)
         given = {
             role: self.obtain(parent) for role, parent in parents(stage).items() if begun is None or role == "teacher"
         }
@@ -155,13 +159,18 @@ class Trial:
         return Result(
             address=digest(self.names[self.stage]),
             classes=len(found.counts),
-            metrics=evaluate(found.logits, found.target, np.asarray(found.counts)),
+            metrics={**evaluate(found.logits, found.target, np.asarray(found.counts)), "cost_s": self.cost()},
             asked=asked,
             trained=self.trained,
+            resumed=self.resumed,
             wall_s=time.monotonic() - began,
             predictions=path,
             epochs=self._rows(),
         )
+
+    def cost(self) -> float:
+        """The seconds that the epochs of the chain took, whoever trained them."""
+        return sum(record["wall_s"] for own in chain(self.stage) for record in self.store.history(self.names[own]))
 
     def test(self) -> tuple[str, dict[str, float]]:
         """Opens the test split: the path of the predictions and their metrics, corrected as validation says."""

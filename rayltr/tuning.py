@@ -1,19 +1,16 @@
-"""The search itself: Optuna proposes points of a study's space, Ray Tune runs them as trials, records keep them.
+"""The search itself: the agenda says what to run, Ray Tune runs it, the records keep it, Optuna is told.
 
-What survives a crash is ours, not Tune's: the Optuna journal (what was asked), the records (what was found) and the
+What survives a crash is ours, not Tune's: the Optuna journal (what was proposed), the records (what was found) and the
 store (what was trained).  A resumed search is a new Tune run over what is left to do.
 """
 
-import json
-import logging
-import math
 import os
 import shutil
 import signal
 import time
 import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -21,43 +18,18 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.search import Searcher
 
-from rayltr import records
+from rayltr import records, sampling
+from rayltr.boards import Boards
 from rayltr.choice import best
-from rayltr.objectives import direction, values
+from rayltr.ledger import Ledger, Settings
+from rayltr.machines import DRIVER, OWN_CPU, Shortage, connect, fitted
 from rayltr.progress import Progress
-from rayltr.proposals import SAMPLERS, Space, StudySearch, asked_study, ended
-from rayltr.spec import chain, dump
-from rayltr.studies import Plan, find
+from rayltr.proposals import Proposals, ended
+from rayltr.studies import find, jobs, rungs
 
-DRIVER = "trial_driver"
-"""The custom resource that trials of several workers run on, where the cluster has it (see cluster.yaml)."""
-OWN_CPU = 0.01
-
-
-class Shortage(ValueError):
-    """More is asked for than the machines have."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """A whole search: what (plan, objectives, sampler, trials) and where (the rest).  Plain values, so that it pickles.
-
-    cpus, gpus: per worker process.  concurrent: trials at once, 0 for as many as fit.
-    """
-
-    run: str
-    plan: Plan
-    trials: int
-    objectives: tuple[str, ...]
-    sampler: str
-    workers: int = 1
-    cpus: int = 1
-    gpus: float = 0.0
-    concurrent: int = 0
-    address: str | None = None
-    dashboard: bool = True
-    snapshot_s: float = 10.0
+__all__ = ["Settings", "Shortage", "search"]
 
 
 def run_trial(config: dict[str, Any], settings: Settings) -> None:
@@ -65,89 +37,61 @@ def run_trial(config: dict[str, Any], settings: Settings) -> None:
 
     Never raises for what goes wrong inside the trial: the error is the trial's result.
     """
-    blank = dict.fromkeys(settings.objectives, math.nan)
-    facts = {"number": config["number"], "final": 0, "started": time.time(), **blank}
+    facts = {"trial": config["trial"], "final": 0, "started": time.time()}
     tune.report(facts)
     try:
-        if "broken" in config:
+        if config["broken"]:
             raise ValueError(config["broken"])
         # torch belongs in the actor: importing it in the driver would delay every start by seconds
-        place = "rayltr.cluster" if settings.workers > 1 else "rayltr.trial"
-        found = import_module(place).for_search(
-            settings, drawn(config), lambda record: tune.report({**facts, **record})
+        place = import_module("rayltr.cluster" if settings.workers > 1 else "rayltr.trial")
+        found = place.for_search(
+            settings.at(config["rung"]), config["params"], lambda record: tune.report({**facts, **record})
         )
     except Exception as error:
-        failed = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-        # what the machine did is no verdict on the recipe: such a trial is asked again
-        state = "interrupted" if isinstance(error, OSError) else "failed"
-        tune.report({**facts, "final": 1, "state": state, **failed})
-        return
-    metrics = found.pop("metrics")
-    tune.report({**facts, **found, **values(metrics, settings.objectives), "metrics": metrics, "final": 1,
-                 "state": "complete"})  # fmt: skip
+        what = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        tune.report({**facts, "final": 1, "state": verdict(error), **what})
+    else:
+        tune.report({**facts, **found, "final": 1, "state": "complete"})
 
 
-class Recorder(tune.Callback):
-    """Writes a trial's records before the sampler is told of it, and shows progress."""
+def verdict(error: Exception) -> str:
+    """What an error in a trial means: what the machine did is no verdict on the recipe."""
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return "memory"
+    return "interrupted" if isinstance(error, OSError) else "failed"
 
-    def __init__(self, settings: Settings, progress: Progress):
-        self.settings, self.progress = settings, progress
-        self.error: OSError | None = None
 
-    def written(self, row: dict[str, Any], epochs: list[dict[str, Any]]) -> None:
-        """Records a trial.  A disk that is full ends the search, but in order: what was found is kept."""
-        try:
-            records.append_epochs(self.settings.run, [{"trial": row["trial"], **epoch} for epoch in epochs])
-            records.append_trial(self.settings.run, row)
-        except OSError as error:
-            self.error = error
-            os.kill(os.getpid(), signal.SIGINT)
-            return
-        self.progress.ended(row)
+class Agent(Searcher):
+    """The ledger as Tune sees a search algorithm."""
+
+    def __init__(self, ledger: Ledger):
+        super().__init__()
+        self.ledger = ledger
+
+    def suggest(self, trial_id: str) -> Any:
+        job = self.ledger.begin(trial_id)
+        if job is None:
+            return Searcher.FINISHED if self.ledger.agenda.finished() else None
+        return {"trial": job.trial, "rung": job.rung, "params": job.params, "broken": job.broken}
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        self.ledger.end(trial_id, died=error)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save: see the ledger."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a search is resumed from its records")
+
+
+class Listener(tune.Callback):
+    """The ledger as Tune sees a callback."""
+
+    def __init__(self, ledger: Ledger):
+        self.ledger = ledger
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
-        if not result["final"]:
-            self.progress.moved(result)
-            return
-        self.written(trial_row(self.settings, trial.config, result), result.get("epochs", []))
-
-    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """The process of a trial died, more often than is retried: out of memory, most likely."""
-        error = "the process of the trial died (out of memory, or killed)"
-        row = trial_row(self.settings, trial.config, {"state": "failed", "error": error, "started": time.time()})
-        self.written(row, [])
-
-
-def drawn(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of a trial: its Tune configuration without our own constants."""
-    return {key: value for key, value in config.items() if key not in ("number", "broken")}
-
-
-def trial_row(settings: Settings, config: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
-    study = find(settings.plan.study)
-    stage = None if "broken" in config else settings.plan.stage(study, drawn(config))
-    metrics = {f"m.val.{name}": value for name, value in result.get("metrics", {}).items()}
-    errors = result.get("traceback") or result.get("error")
-    return {
-        "study": study.name,
-        "trial": f"{config['number']:04d}",
-        "number": config["number"],
-        "state": result["state"],
-        "address": result.get("address"),
-        "seed": settings.plan.seed,
-        "classes": result.get("classes"),
-        "epochs_asked": sum(own.epochs for own in chain(stage)) if stage else 0,
-        "epochs_trained": result.get("trained", 0),
-        "wall_s": result.get("wall_s"),
-        "objective": result.get(settings.objectives[0]) if result["state"] == "complete" else None,
-        "predictions_val": result.get("predictions"),
-        "error": errors,
-        "recipe": json.dumps(dump(stage)) if stage else None,
-        "started": datetime.fromtimestamp(result["started"], UTC),
-        "ended": datetime.now(UTC),
-        **{f"p.{name}": value for name, value in drawn(config).items()},
-        **metrics,
-    }
+        self.ledger.heard(trial.trial_id, result)
 
 
 def search(settings: Settings, progress: Progress) -> bool:
@@ -156,37 +100,49 @@ def search(settings: Settings, progress: Progress) -> bool:
     Returns whether all its trials ended; records and store hold what was found.  Raises `Shortage` when the machines
     cannot hold a single trial.
     """
-    study = asked_study(settings.run, settings.objectives, settings.trials)
-    left = settings.trials - len(ended(settings.run))
+    seed, designed = settings.plan.seed or 0, sampling.designed(settings.trials)
+    space = find(settings.plan.study)
+    proposals = Proposals(
+        settings.run,
+        rungs(settings.plan, settings.fidelity),
+        settings.objectives,
+        settings.trials,
+        sampling.sampler(settings.sampler, seed, designed),
+        sampling.starts(space, settings.trials, settings.start),
+    )
+    if settings.warm:
+        progress.say(sampling.warm(proposals.study, space, settings.warm, settings.objectives, same(settings.run)))
+    agenda = proposals.agenda(settings.fidelity, settings.ahead)
+    left = jobs(settings.trials, settings.fidelity) - len(ended(settings.run))
     if left <= 0 and not sealed(settings.run):
         return True
-    if dashboard := connect(settings):
+    if dashboard := connect(settings.address, settings.dashboard):
         progress.say(f"Ray dashboard: http://{dashboard} (if it asks for a token: ray get-auth-token)")
-    settings = fitted(settings)
+    gpus, concurrent = fitted(settings.cpus, settings.gpus, settings.workers, settings.concurrent)
+    settings = replace(settings, gpus=gpus, concurrent=concurrent)
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))  # Tune saves and returns on SIGINT
     if left > 0:
-        several, modes = len(settings.objectives) > 1, [direction(name) for name in settings.objectives]
-        searcher = StudySearch(
-            Space(settings.plan),
-            metric=list(settings.objectives) if several else settings.objectives[0],
-            mode=modes if several else modes[0],
-            # a resumed search draws anew: the state of the sampler's random numbers is not kept
-            sampler=SAMPLERS[settings.sampler]((settings.plan.seed or 0) + len(study.trials)),
-            storage=study._storage,
-            study_name=study.study_name,
-        )
-        recorder = Recorder(settings, progress)
-        progress.begin(left, settings.concurrent)
+        ledger = Ledger(settings, proposals, agenda, progress, Boards(settings.run))
+        progress.begin(left, concurrent)
         try:
-            tuner(settings, searcher, left, recorder).fit()
+            tuner(settings, ledger).fit()
         finally:
             progress.close()
-        if recorder.error:
-            raise recorder.error
-    done = len(ended(settings.run)) >= settings.trials
-    if done:
-        unseal(settings, progress)
-        shutil.rmtree(Path(settings.run) / "ray", ignore_errors=True)
-    return done
+            ledger.boards.close()
+        if ledger.error:
+            raise ledger.error
+        if not agenda.finished():
+            return False
+    unseal(settings, progress)
+    shutil.rmtree(Path(settings.run) / "ray", ignore_errors=True)
+    return True
+
+
+def same(run: str) -> Callable[[dict[str, Any]], bool]:
+    """Whether a run's results, by its run.json, can stand beside those of this one: same data, same lengths."""
+    what = ("source", "epochs", "fidelity", "batch", "backbone", "precision")
+    mine = records.read_run(run)["settled"]
+    return lambda info: all(info.get("settled", {}).get(name) == mine.get(name) for name in what)
 
 
 def sealed(run: str) -> list[dict[str, Any]]:
@@ -222,57 +178,7 @@ def tested(settings: Settings, recipe: str) -> tuple[str, dict[str, float]]:
     return import_module("rayltr.trial").for_test(settings, recipe)  # torch stays out of the driver
 
 
-def connect(settings: Settings) -> str:
-    """Starts Ray on this machine, or joins the cluster at an address; the address of its dashboard, if it has one."""
-    os.environ |= {
-        "RAY_AIR_NEW_OUTPUT": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-        "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    }
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if settings.address:
-        try:
-            context = ray.init(address=settings.address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise Shortage(f"no Ray cluster answers at {settings.address}: {error}") from error
-    else:
-        context = ray.init(address="local", include_dashboard=settings.dashboard, resources={DRIVER: 1000}, **quiet)
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))  # Tune saves and returns on SIGINT
-    return context.dashboard_url or ""
-
-
-def fitted(settings: Settings) -> Settings:
-    """The settings with as many trials at once as fit.  Raises `Shortage`, with the numbers, when none does."""
-    have = ray.cluster_resources()
-    gpus = settings.gpus if settings.gpus >= 0 else float(have.get("GPU", 0) > 0)
-    own = OWN_CPU if settings.workers > 1 and DRIVER not in have else 0
-    need = {"CPU": settings.cpus * settings.workers + own, "GPU": gpus * settings.workers}
-    for name, amount in need.items():
-        if amount > have.get(name, 0):
-            per = f"{settings.workers} workers x " if settings.workers > 1 else ""
-            raise Shortage(
-                f"a trial needs {amount:g} {name} ({per}{settings.cpus if name == 'CPU' else gpus:g}), "
-                f"but the cluster has {have.get(name, 0):g}"
-            )
-    one = {"CPU": settings.cpus, "GPU": gpus}
-    places = sum(room(node["Resources"], one) for node in ray.nodes() if node["Alive"])
-    fits = min(places // settings.workers, int(have["CPU"] / need["CPU"] + 1e-9))
-    if fits < 1:
-        raise Shortage(f"no machine of the cluster has {settings.cpus} CPUs and {gpus:g} GPUs for a process")
-    if settings.concurrent > fits:
-        raise Shortage(f"{settings.concurrent} trials at once do not fit: the cluster has room for {fits}")
-    return Settings(**{**vars(settings), "gpus": gpus, "concurrent": settings.concurrent or fits})
-
-
-def room(have: Mapping[str, float], one: Mapping[str, float]) -> int:
-    """How many processes that need `one` a machine holds; fractions of a GPU add up to it in spite of rounding."""
-    return min(int(have.get(name, 0) / amount + 1e-9) for name, amount in one.items() if amount)
-
-
-def tuner(settings: Settings, searcher: StudySearch, left: int, recorder: Recorder) -> tune.Tuner:
+def tuner(settings: Settings, ledger: Ledger) -> tune.Tuner:
     one = settings.workers == 1
     need: Any = {"CPU": settings.cpus, "GPU": settings.gpus}
     if not one:  # the trial itself only waits for its workers, and must not take a CPU that they need
@@ -280,9 +186,9 @@ def tuner(settings: Settings, searcher: StudySearch, left: int, recorder: Record
     return tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, settings=settings), need),
         tune_config=tune.TuneConfig(
-            search_alg=searcher,
-            num_samples=left,
-            max_concurrent_trials=min(settings.concurrent, left),
+            search_alg=Agent(ledger),
+            num_samples=-1,  # the agenda knows when it is over
+            max_concurrent_trials=settings.concurrent,
             reuse_actors=one,
             trial_dirname_creator=str,
         ),
@@ -290,7 +196,7 @@ def tuner(settings: Settings, searcher: StudySearch, left: int, recorder: Record
             name="ray",
             storage_path=settings.run,
             verbose=0,
-            callbacks=[recorder],
-            failure_config=tune.FailureConfig(max_failures=1),
+            callbacks=[Listener(ledger)],
+            failure_config=tune.FailureConfig(max_failures=0),  # a trial that dies is repeated by the agenda
         ),
     )

@@ -62,8 +62,8 @@ def test_nothing_is_open_to_the_outside(variant):
 
 @every_variant
 def test_trials_of_several_workers_are_steered_from_the_head(variant):
-    """The name of the resource is the one that `rayltr.tuning` looks for."""
-    (name,) = re.findall(r'^DRIVER = "(\w+)"$', (ROOT / "rayltr/tuning.py").read_text(), re.MULTILINE)
+    """The name of the resource is the one that `rayltr.machines` looks for."""
+    (name,) = re.findall(r'^DRIVER = "(\w+)"$', (ROOT / "rayltr/machines.py").read_text(), re.MULTILINE)
     whole = valid(WRITTEN[variant])
     head = whole["available_node_types"][whole["head_node_type"]]
     assert name in head["resources"] or f'--resources=\'{{"{name}":' in whole["head_start_ray_commands"][1]

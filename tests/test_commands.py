@@ -149,7 +149,7 @@ SYNTHETIC = ("bag_of_tricks", "--data", "synthetic")
         (["bag_of_tricks", "--data", "cifar"], "unknown source 'cifar', and no such path: did you mean cifar10"),
         (["bag_of_tricks", "--data", "/no/such/folder"], "unknown source '/no/such/folder', and no such path"),
         (["bag_of_tricks", "--size", "32"], "source digits has no keyword 'size': known: "),
-        (["bag_of_tricks", "--objective", "manny"], "unknown objective 'manny': did you mean many?"),
+        (["bag_of_tricks", "--objective", "manny"], "unknown objective 'manny': did you mean many"),
         (["bag_of_tricks", "--objective", "many,many"], "named twice"),
         (["bag_of_tricks", "--objective", ""], "unknown objective ''"),
         (["bag_of_tricks", "--sampler", "tpee"], "invalid choice: 'tpee' (choose from 'tpe', 'nsga2'"),
@@ -428,7 +428,7 @@ def test_a_search_whose_trials_all_fail_says_where_the_errors_are(tuned, capsys,
 def test_epochs_that_failed_trials_did_not_train_are_not_called_saved(tuned, capsys):
     tuned(lambda settings: ended(settings) and ended(settings, state="failed", trial="0001", number=1))
     assert command.run(search.main, [*SYNTHETIC, "--trials", "2", "--storage", "runs", "--name", "run"]) == FAILED
-    assert "4 epochs asked, 3 trained, 1 saved" in capsys.readouterr().out
+    assert "4 epochs asked, 3 trained; saved: 1 by sharing" in capsys.readouterr().out
 
 
 def test_a_search_ends_well_when_the_few_classes_cannot_be_validated(tuned, capsys, tmp_path):
@@ -487,7 +487,7 @@ def test_a_search_goes_on_when_an_arm_fails(tmp_path, how, error):
     ("words", "message"),
     [
         ([], "which recipe?"),
-        (["bag_of_tricks"], "--preset paper: the study bag_of_tricks has no such preset; known: bsce, "),
+        (["bag_of_tricks"], "--preset paper: the study bag_of_tricks has no such preset; known: bag_of_tricks, "),
         (["bag_of_tricks", "--preset", "bsc"], "no such preset; did you mean bsce"),
         (["bag_of_tricks", "--preset", "drw_bsce", "--epochs", "1"], "too few for a chain of 2 training stages"),
         (["bag_of_tricks", "--preset", "ce", "--trial", "0001"], "--trial 0001 is of which run?"),

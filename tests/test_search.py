@@ -159,3 +159,49 @@ def test_two_workers_per_trial(study, tmp_path):
     rows = records.read_trials(tmp_path / "run").to_pylist()
     assert [row["state"] for row in rows] == ["complete"] * 2
     assert [row["epochs_trained"] for row in rows] == [10, 10]
+
+
+DEADLY = """
+import os, pathlib, signal
+import torch
+from rayltr.spec import Stage, fn
+
+def deadly(logits, target, counts, *, gamma=1.0):
+    marker = pathlib.Path(MARKER)
+    if not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return gamma * torch.nn.functional.cross_entropy(logits, target, reduction="none")
+
+def space(trial):
+    return Stage(source=fn("synthetic", classes=4, per_class=40, size=8, ratio=4.0), epochs=27, batch=16,
+                 backbone=fn("resnet20", width=4), optimiser=fn("sgd", lr=0.05),
+                 loss=fn(deadly, gamma=trial.suggest_float("gamma", 0.5, 2.0)))
+
+def control(trial):
+    return space(trial).but(loss=fn("cross_entropy"))
+"""
+
+
+@pytest.mark.slow
+def test_short_schedules_decide_and_a_trial_whose_process_dies_is_run_again(tmp_path):
+    """One search for both: every recipe trains for a ninth first, and a process is killed once."""
+    path = tmp_path / "deadly_space.py"
+    path.write_text(DEADLY.replace("MARKER", repr(str(tmp_path / "marker"))))
+    found = rayltr("search", path, "--trials", 6, "--epochs", 27, "--fidelity", "schedules", "--storage", tmp_path,
+                   "--name", "run", "--no-dashboard")  # fmt: skip
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "is run again, alone: the process of the trial died" in found.stdout
+    rows = {row["trial"]: row for row in records.read_trials(tmp_path / "run").to_pylist()}
+    assert len(rows) == 6 + 2 and all(row["state"] == "complete" for row in rows.values())
+    assert sum(row["again"] for row in rows.values()) == 1
+    promoted = {trial: row for trial, row in rows.items() if trial.endswith(".1")}
+    assert {row["p.arm"] for row in promoted.values()} == {"study", "control"}
+    assert all((row["share"], row["epochs_asked"]) == (1.0, 27) for row in promoted.values())
+    low = [row for trial, row in rows.items() if trial not in promoted and row["p.arm"] == "study"]
+    assert all(row["epochs_asked"] == 3 and row["share"] == pytest.approx(1 / 9) for row in low)
+    (name,) = [trial for trial, row in promoted.items() if row["p.arm"] == "study"]
+    assert rows[name[:4]]["objective"] == min(row["objective"] for row in low)
+    assert {row["trial"] for row in best(rows.values()).values()} <= set(promoted)
+    assert "96 by training only the best in full" in found.stdout
+    assert list((tmp_path / "run/tensorboard").rglob("*tfevents*"))

@@ -3,11 +3,10 @@ import textwrap
 import pytest
 
 from rayltr import catalogue, studies
-from rayltr.proposals import Space
 from rayltr.search import checked
-from rayltr.spec import FixedTrial, RandomTrial, Stage, chain, digest, end, fn, parse
+from rayltr.spec import FixedTrial, RandomTrial, Stage, chain, digest, end, fn, line, parse
 from rayltr.spec import dump as dumped
-from rayltr.studies import CONTROL, STUDY, Plan
+from rayltr.studies import CONTROL, STUDY, Plan, jobs, rungs
 
 NAMES = studies.names()
 
@@ -137,18 +136,32 @@ def control(trial):
         checked(study, Plan(str(path)))
 
 
-def test_a_point_that_breaks_is_said_to_be_broken(tmp_path):
-    """A rare point that is no chain fails its trial, not the search."""
-    path = tmp_path / "rare.py"
-    path.write_text(OWN.replace("epochs=4", "epochs=4 if trial.suggest_categorical('a', [0, 1]) else -4"))
-    studies.find(str(path))
+@pytest.mark.parametrize(
+    ("fidelity", "lengths"), [("none", [81]), ("schedules", [9, 81]), ("halving", [9, 27, 81]), ("curves", [9, 27, 81])]
+)
+def test_the_rungs_of_a_search(fidelity, lengths):
+    study, preset = studies.find("bag_of_tricks"), studies.find("bag_of_tricks").presets["drw_csce"]
+    chains = [plan.stage(study, {"arm": STUDY, **preset}) for plan in rungs(Plan("bag_of_tricks", epochs=81), fidelity)]
+    assert [sum(own.epochs for own in chain(stage)) for stage in chains] == lengths
+    whole = chains[-1]
+    for stage in chains[:-1]:
+        if fidelity == "curves":  # the beginning of the full schedule: what it trains is stored for the full length
+            assert stage.horizon == 81 and line(stage) == line(chain(whole)[0])
+        else:  # a schedule of its own, which defers too
+            assert stage.horizon == end(stage) and len(chain(stage)) == 2
 
-    class Numbered(FixedTrial):
-        number = 7
 
-    space = Space(Plan(str(path)))
-    assert space(Numbered({"arm": STUDY, "a": 1, "gamma": 1.0})) == {"number": 7}
-    assert "-4" in space(Numbered({"arm": STUDY, "a": 0, "gamma": 1.0}))["broken"]
+def test_rungs_that_are_too_short_are_refused():
+    with pytest.raises(ValueError, match="a 9th of --epochs 20 first; that takes at least 27 epochs"):
+        rungs(Plan("bag_of_tricks", epochs=20), "schedules")
+
+
+@pytest.mark.parametrize(
+    ("trials", "fidelity", "total"),
+    [(20, "none", 20), (45, "schedules", 45 + 1 + 4), (45, "halving", 45 + 3 + 12 + 1 + 4)],
+)
+def test_how_many_trainings_a_search_has(trials, fidelity, total):
+    assert jobs(trials, fidelity) == total
 
 
 def test_a_name_that_is_taken_is_refused(tmp_path):

@@ -1,0 +1,202 @@
+"""What a search does next: proposals, promotions to longer training, trials to repeat; no Ray and no Optuna here.
+
+A job is one training of one recipe on one rung, that is, at one length.  Every proposal is trained on the lowest rung;
+of each block of them (by their numbers, each arm by itself) the best goes to the next one.  Blocks do not depend on
+the order in which trials end, so an interrupted search promotes what an undisturbed one would have promoted.
+
+Jobs that want the same stage are not run at the same time: the later one is kept back, without a machine, and others
+go first.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from rayltr.spec import Stage, chain, digest, line
+
+KEPT_BACK = 8
+"""So many jobs may wait for others; no more are proposed meanwhile, because a sampler learns from what has ended."""
+
+Values = tuple[float, ...]
+"""What a job reached, one number per objective, each so that less is better."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One recipe at one length.
+
+    number: of the proposal; rung: from 0.  asked: Optuna's number of the proposal.  stage: the completed chain, None
+    when the point is no valid chain (`broken` says why).  again: it is repeated, alone on its machines.
+    """
+
+    number: int
+    rung: int
+    params: dict[str, Any]
+    asked: int = -1
+    stage: Stage | None = field(default=None, compare=False)
+    broken: str | None = None
+    again: bool = False
+
+    @property
+    def trial(self) -> str:
+        """The identifier in the records: 0007, and on higher rungs 0007.1, 0007.2."""
+        return f"{self.number:04d}" + (f".{self.rung}" if self.rung else "")
+
+    @property
+    def arm(self) -> Any:
+        return self.params.get("arm")
+
+    @cached_property
+    def stages(self) -> list[tuple[str, str, int]]:
+        """(line, address, epochs) of every stage, parents first."""
+        return [(line(own), digest(own), own.epochs) for own in chain(self.stage)] if self.stage else []
+
+
+class Agenda:
+    """The jobs of a search.
+
+    propose: gives the next proposal as a job of rung 0, or None when all have been asked.  promoted: a job on the next
+    rung.  blocks: how many jobs of each rung one is promoted from; there is one rung more than blocks.
+    ahead: how many proposals are drawn in advance in order to begin with the one of which most is trained already.
+    """
+
+    def __init__(
+        self,
+        propose: Callable[[], Job | None],
+        promoted: Callable[[Job], Job] = lambda job: job,
+        blocks: Sequence[int] = (),
+        ahead: int = 0,
+    ):
+        self.propose, self.promoted, self.blocks, self.ahead = propose, promoted, tuple(blocks), ahead
+        self.known: dict[tuple[int, int], Job] = {}
+        self.found: dict[tuple[int, int], Values | None] = {}
+        self.waiting: list[Job] = []
+        self.running: dict[str, tuple[Job, int]] = {}
+        self.made: set[str] = set()
+        self.asked_all = False
+
+    def next(self) -> Job | None:
+        """The job to begin now, or None when nothing may begin before another ends."""
+        if any(job.again for job, _ in self.running.values()):
+            return None
+        free = self.ready()
+        while not self.asked_all and len(free) <= self.ahead and len(self.waiting) < self.ahead + KEPT_BACK:
+            self.proposed()
+            free = self.ready()
+        if not free:
+            return None
+        first = max(free, key=self.trained) if self.ahead else free[0]
+        self.waiting.remove(first)
+        self.running[first.trial] = (first, 0)
+        return first
+
+    def ready(self) -> list[Job]:
+        """The waiting jobs that could begin now."""
+        self.waiting += self.due()
+        return [job for job in self.waiting if self.free(job)]
+
+    def proposed(self) -> None:
+        job = self.propose()
+        if job is None:
+            self.asked_all = True
+            return
+        self.known[job.number, 0] = job
+        self.waiting.append(job)
+
+    def finished(self) -> bool:
+        """Whether nothing runs and nothing is left to do."""
+        return not self.running and not self.ready() and self.asked_all
+
+    def moved(self, trial: str, position: int) -> None:
+        """A running job has come to the stage at this position of its chain."""
+        if trial in self.running:
+            job, before = self.running[trial]
+            self.running[trial] = (job, position)
+            self.made.update(address for _, address, _ in job.stages[before:position])
+
+    def ended(self, job: Job, values: Values | None) -> None:
+        """A job has ended for good: with its values, or None if it failed."""
+        self.running.pop(job.trial, None)
+        self.known[job.number, job.rung] = job
+        self.found[job.number, job.rung] = values
+        if values is not None:
+            self.made.update(address for _, address, _ in job.stages)
+
+    def repeat(self, job: Job) -> None:
+        """A job that died is run once more, when nothing else runs."""
+        self.running.pop(job.trial, None)
+        self.waiting.insert(0, replace(job, again=True))
+
+    def free(self, job: Job) -> bool:
+        """Whether no running job is making something that this one needs."""
+        if job.again:
+            return not self.running
+        missing = {line for line, address, _ in job.stages if address not in self.made}
+        busy = {line for other, position in self.running.values() for line, _, _ in other.stages[position:]}
+        return not missing & busy
+
+    def trained(self, job: Job) -> int:
+        """How many of the job's epochs other jobs have trained already."""
+        return sum(epochs for _, address, epochs in job.stages if address in self.made)
+
+    def due(self) -> list[Job]:
+        """Jobs to promote: the best of every finished block of which none was promoted yet."""
+        found = []
+        for rung, size in enumerate(self.blocks):
+            arms = dict.fromkeys(job.arm for (_, at), job in sorted(self.known.items()) if at == rung)
+            for arm in arms:
+                jobs = [job for (_, at), job in sorted(self.known.items()) if at == rung and job.arm == arm]
+                for block in (jobs[first : first + size] for first in range(0, len(jobs), size)):
+                    best = self.best(block, whole=len(block) == size or self.closed(rung))
+                    found += [self.promoted(best)] if best else []
+        self.known.update({(job.number, job.rung): job for job in found})
+        return found
+
+    def best(self, block: Sequence[Job], *, whole: bool) -> Job | None:
+        """The job of a block to promote, if that can be said and was not done before."""
+        done = whole and all((job.number, job.rung) in self.found for job in block)
+        if not done or any((job.number, job.rung + 1) in self.known for job in block):
+            return None
+        good = [(job, found) for job in block if (found := self.found[job.number, job.rung]) is not None]
+        order = zip(ranked([found for _, found in good]), (job for job, _ in good), strict=True)
+        return min(order, key=lambda pair: pair[0], default=(None, None))[1]
+
+    def closed(self, rung: int) -> bool:
+        """Whether no further job can come to a rung."""
+        below = (self.known[key] for key in self.known if key[1] < rung)
+        return self.asked_all and all((job.number, job.rung) in self.found for job in below)
+
+
+def ranked(values: Sequence[Values]) -> list[tuple[float, float, int]]:
+    """A sort key per point, the best least: non-dominated rank, then crowding distance, then the order given.
+
+    Deb et al., NSGA-II, 2002.  With one objective this is the order of the values.
+    """
+    left, rank = set(range(len(values))), dict.fromkeys(range(len(values)), 0.0)
+    layer = 0
+    crowd: dict[int, float] = {}
+    while left:
+        front = {i for i in left if not any(dominates(values[j], values[i]) for j in left)}
+        rank |= dict.fromkeys(front, float(layer))
+        crowd |= crowding({i: values[i] for i in front})
+        left, layer = left - front, layer + 1
+    return [(rank[i], -crowd[i], i) for i in range(len(values))]
+
+
+def dominates(one: Values, other: Values) -> bool:
+    """No objective is worse, and one is better."""
+    return all(a <= b for a, b in zip(one, other, strict=True)) and one != other
+
+
+def crowding(front: dict[int, Values]) -> dict[int, float]:
+    """The crowding distance of every point of a front; infinite at the ends."""
+    found = dict.fromkeys(front, 0.0)
+    for axis in range(len(next(iter(front.values()), ()))):
+        order = sorted(front, key=lambda i: front[i][axis])
+        width = front[order[-1]][axis] - front[order[0]][axis] or 1.0
+        for before, i, after in zip([None, *order], order, [*order[1:], None], strict=False):
+            ends = before is None or after is None
+            found[i] += math.inf if ends else (front[after][axis] - front[before][axis]) / width  # type: ignore[index]
+    return found

@@ -1,0 +1,150 @@
+"""From a job to its record: what a search does when a trial begins, reports, ends or dies."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from rayltr import records
+from rayltr.agenda import Agenda, Job
+from rayltr.boards import Boards
+from rayltr.progress import Progress
+from rayltr.proposals import Proposals, reached
+from rayltr.spec import chain, dump
+from rayltr.studies import FIDELITIES, Plan, find, rungs
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A whole search: what (plan to fidelity) and where (the rest).  Plain values, so that it pickles.
+
+    trials: proposals in all.  start: presets that are proposed first.  warm: folders of other runs to learn from.
+    ahead: proposals drawn in advance to begin with what is trained already.  cpus, gpus: per worker process.
+    concurrent: trials at once, 0 for as many as fit.
+    """
+
+    run: str
+    plan: Plan
+    trials: int
+    objectives: tuple[str, ...]
+    sampler: str
+    fidelity: str = "none"
+    start: tuple[str, ...] | None = None
+    warm: tuple[str, ...] = ()
+    ahead: int = 0
+    workers: int = 1
+    cpus: int = 1
+    gpus: float = 0.0
+    concurrent: int = 0
+    address: str | None = None
+    dashboard: bool = True
+    snapshot_s: float = 10.0
+
+    def at(self, rung: int) -> "Settings":
+        """The settings of the trials of a rung."""
+        return replace(self, plan=rungs(self.plan, self.fidelity)[rung])
+
+
+@dataclass
+class Ledger:
+    """Follows every trial of a search from its beginning to its record.
+
+    A trial whose process died, or that ran out of memory, is run once more when nothing else runs; one that the
+    machine interrupted (a full disk) is run once more too and, if that fails, proposed again by a resumed search.
+    """
+
+    settings: Settings
+    proposals: Proposals
+    agenda: Agenda
+    progress: Progress
+    boards: Boards
+    jobs: dict[str, Job] = field(default_factory=dict)
+    finals: dict[str, dict[str, Any]] = field(default_factory=dict)
+    error: OSError | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its searcher and callbacks, but a search is resumed from its records."""
+        return {}
+
+    def begin(self, trial_id: str) -> Job | None:
+        """The job to run under an identifier of Tune's, or None when it has to wait or nothing is left."""
+        job = self.agenda.next()
+        if job is not None:
+            self.jobs[trial_id] = job
+        return job
+
+    def heard(self, trial_id: str, result: dict[str, Any]) -> None:
+        """A report of a running trial."""
+        if result["final"]:
+            self.finals[trial_id] = result
+            return
+        self.agenda.moved(result["trial"], result.get("stage", 0))
+        self.progress.moved(result)
+        self.boards.epoch(result)
+
+    def end(self, trial_id: str, died: bool) -> None:
+        """A trial has ended, or its process has died."""
+        job = self.jobs.pop(trial_id, None)
+        if job is None:
+            return
+        gone: dict[str, Any] = {"state": "memory", "error": "the process of the trial died (killed, or out of memory)"}
+        result = {"started": time.time(), **(self.finals.pop(trial_id, gone) if not died else gone)}
+        if result["state"] in ("memory", "interrupted") and not job.again:
+            self.progress.say(f"  {job.trial} is run again, alone: {result['error']}")
+            self.agenda.repeat(job)
+            return
+        state = "failed" if result["state"] == "memory" else result["state"]
+        row = trial_row(self.settings, job, {**result, "state": state})
+        if self.written(row, result.get("epochs", [])) and state != "interrupted":
+            found = reached(row, self.settings.objectives)
+            self.agenda.ended(job, self.proposals.judged(found))
+            if not job.rung:
+                self.proposals.tell(job.asked, found)
+
+    def written(self, row: dict[str, Any], epochs: list[dict[str, Any]]) -> bool:
+        """Records a trial.  A disk that is full ends the search, but in order: what was found is kept."""
+        try:
+            records.append_epochs(self.settings.run, [{"trial": row["trial"], **epoch} for epoch in epochs])
+            records.append_trial(self.settings.run, row)
+        except OSError as error:
+            self.error = error
+            os.kill(os.getpid(), signal.SIGINT)
+            return False
+        self.progress.ended(row)
+        self.boards.ended(row)
+        return True
+
+
+def trial_row(settings: Settings, job: Job, result: Mapping[str, Any]) -> dict[str, Any]:
+    metrics = {f"m.val.{name}": value for name, value in result.get("metrics", {}).items()}
+    asked = sum(own.epochs for own in chain(job.stage)) if job.stage else 0
+    row = {
+        "study": find(settings.plan.study).name,
+        "trial": job.trial,
+        "number": job.number,
+        "state": result["state"],
+        "address": result.get("address"),
+        "seed": settings.plan.seed,
+        "classes": result.get("classes"),
+        "epochs_asked": asked,
+        "epochs_trained": result.get("trained", 0),
+        "epochs_resumed": result.get("resumed", 0),
+        "share": 1.0
+        if job.rung == len(FIDELITIES[settings.fidelity])
+        else asked / (settings.plan.epochs or asked or 1),
+        "again": job.again,
+        "wall_s": result.get("wall_s"),
+        "predictions_val": result.get("predictions"),
+        "error": result.get("traceback") or result.get("error"),
+        "recipe": json.dumps(dump(job.stage)) if job.stage else None,
+        "started": datetime.fromtimestamp(result["started"], UTC),
+        "ended": datetime.now(UTC),
+        **{f"p.{name}": value for name, value in job.params.items()},
+        **metrics,
+    }
+    found = reached(row, settings.objectives)
+    return {**row, "objective": found[0] if found else None}
