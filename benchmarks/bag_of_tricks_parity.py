@@ -35,7 +35,8 @@ SCORES = {"error": "accuracy", "balanced": "balanced", "many": "many", "medium":
 REMARKS = f"""
 - ours: last epoch, plain arg-max of the first head, mean ± s.d.; the test set is balanced: also the balanced error.
 - published: as published, best epoch on the test set; *on another draw*: on other images than the rows without it.
-- within: up to published + {SLACK[3]} (1 or 2 seeds: + {SLACK[1]}); not judged: unpublished, or changed ({{changes}}).
+- within: up to published + {SLACK[3]} (1 or 2 seeds: + {SLACK[1]}); not judged: unpublished,
+  changed ({{changes}}) or on another draw.
 - many, medium, few: > 100, 20 to 100 and < 20 training images, or thirds by frequency where one would be empty.
 - images: source {{source}}, as many of every class as published, {{draw}}.
 - epochs, seconds: the training of the whole chain; stages that rows share count in each of them.
@@ -145,6 +146,7 @@ def result(bench: Bench, preset: str, runs: Sequence[Mapping[str, Any]]) -> dict
     known, done = STUDY.published[preset], [run for run in runs if run["state"] == "complete"]
     means = {name: fmean(run[name] for run in done) if done else nan for name in (*SCORES, "epochs", "seconds")}
     published = float(known.get(bench.settings["table"], nan))
+    comparable = bench.settings["changes"] == "none" and "another draw" not in known.get("note", "")
     return {
         "preset": preset,
         "seeds": ", ".join(str(run["seed"]) for run in done),
@@ -153,7 +155,7 @@ def result(bench: Bench, preset: str, runs: Sequence[Mapping[str, Any]]) -> dict
         "sd": stdev(run["error"] for run in done) if len(done) > 1 else nan,
         "published": published,
         "difference": means["error"] - published,
-        "verdict": verdict(means["error"], len(done), nan if bench.settings["changes"] != "none" else published),
+        "verdict": verdict(means["error"], len(done), published if comparable else nan),
         "device": ", ".join(sorted({run["device"] for run in runs})),
         "date": max(run["date"] for run in runs),
         "note": "; ".join(filter(None, [known.get("note"), *sorted({run["reason"] for run in runs})])),
@@ -212,6 +214,16 @@ def source_of(data: str, ratio: str, root: str | None) -> Fn:
     return fn(kind, root=str(place) if place else None, paper_split=True, **tail)
 
 
+def value_of(text: str) -> bool | float | str:
+    """A parameter's value as it is typed: True, False, a number, or else a name."""
+    if text in ("True", "False"):
+        return text == "True"
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def bench_of(options: argparse.Namespace) -> Bench:
     """Raises `Refused` for data that are not a published subset."""
     source = source_of(options.data, options.ratio, options.root)
@@ -221,7 +233,7 @@ def bench_of(options: argparse.Namespace) -> Bench:
     if len(data.classes) != CLASSES[options.data] or ratio not in RATIOS:
         raise command.Refused(f"these images are not {options.data} with a ratio of {' or '.join(RATIOS)}")
     pairs = sorted(word.partition("=")[::2] for word in options.set)
-    change = {name: float(text) if text[:1].isdigit() else text for name, text in pairs}
+    change = {name: value_of(text) for name, text in pairs}
     asked = {"epochs": options.epochs, "batch": options.batch, **change}
     changes = " ".join(f"{name}={value}" for name, value in asked.items() if value is not None) or "none"
     settings = {"table": f"{options.data}_{ratio}", "source": source.name, "images": data.digest}

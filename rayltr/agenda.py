@@ -129,6 +129,10 @@ class Agenda:
         self.running.pop(job.trial, None)
         self.waiting.insert(0, replace(job, again=True))
 
+    def dropped(self, job: Job) -> None:
+        """A job has neither ended nor will it be run again here: a resumed search proposes it once more."""
+        self.running.pop(job.trial, None)
+
     def free(self, job: Job) -> bool:
         """Whether no running job is making something that this one needs."""
         if job.again:

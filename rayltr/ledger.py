@@ -54,7 +54,7 @@ class Ledger:
     """Follows every trial of a search from its beginning to its record.
 
     A trial whose process died, or that ran out of memory, is run once more when nothing else runs; one that the
-    machine interrupted (a full disk) is run once more too and, if that fails, proposed again by a resumed search.
+    machine interrupted (a full disk) is run once more too and, if that fails, left `open` for a resumed search.
     """
 
     settings: Settings
@@ -65,6 +65,7 @@ class Ledger:
     jobs: dict[str, Job] = field(default_factory=dict)
     finals: dict[str, dict[str, Any]] = field(default_factory=dict)
     error: OSError | None = None
+    open: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles its searcher and callbacks, but a search is resumed from its records."""
@@ -99,11 +100,13 @@ class Ledger:
             return
         state = "failed" if result["state"] == "memory" else result["state"]
         row = trial_row(self.settings, job, {**result, "state": state})
-        if self.written(row, result.get("epochs", [])) and state != "interrupted":
-            found = reached(row, self.settings.objectives)
-            self.agenda.ended(job, self.proposals.judged(found))
-            if not job.rung:
-                self.proposals.tell(job.asked, found)
+        if not self.written(row, result.get("epochs", [])) or state == "interrupted":
+            self.open = True
+            return self.agenda.dropped(job)
+        found = reached(row, self.settings.objectives)
+        self.agenda.ended(job, self.proposals.judged(found))
+        if not job.rung:
+            self.proposals.tell(job.asked, found)
 
     def written(self, row: dict[str, Any], epochs: list[dict[str, Any]]) -> bool:
         """Records a trial.  A disk that is full ends the search, but in order: what was found is kept."""

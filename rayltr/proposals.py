@@ -60,6 +60,7 @@ class Proposals:
     def agenda(self, fidelity: str, ahead: int) -> Agenda:
         """The agenda of what is left to do."""
         made = Agenda(self.propose, self.promoted, FIDELITIES[fidelity], ahead)
+        made.asked_all = not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         for row in ended(self.run):
             params = {key[2:]: value for key, value in row.items() if key.startswith("p.") and value is not None}
             stage = parse(json.loads(row["recipe"])) if row["recipe"] else None

@@ -180,10 +180,16 @@ def batches(
     split: Split, indices: Tensor, size: int, steps: int, device: torch.device
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(step, rows [B], float images [B,3,H,W] in [0, 1]) for this worker; an incomplete last batch is left out."""
-    # a stretch for each worker, so that neighbours which belong together (sampler `reverse`) stay together
-    parts = [indices[step * size : (step + 1) * size].tensor_split(world())[rank()] for step in range(steps)]
+    parts = [portion(indices[step * size : (step + 1) * size]) for step in range(steps)]
     for step, images in enumerate(taken(split, [rows.numpy() for rows in parts])):
         yield step, parts[step], pixels(images, device)
+
+
+def portion(rows: Tensor) -> Tensor:
+    """This worker's stretch of a batch; neighbours that belong together (sampler `reverse`) stay together."""
+    pairs = (len(rows) + 1) // 2
+    first, last = (2 * (pairs * number // world()) for number in (rank(), rank() + 1))
+    return rows[first:last]
 
 
 def taken(split: Split, parts: list[np.ndarray]) -> Iterator[np.ndarray]:

@@ -113,17 +113,16 @@ def search(settings: Settings, progress: Progress) -> bool:
     if settings.warm:
         progress.say(sampling.warm(proposals.study, space, settings.warm, settings.objectives, same(settings.run)))
     agenda = proposals.agenda(settings.fidelity, settings.ahead)
-    left = jobs(settings.trials, settings.fidelity) - len(ended(settings.run))
-    if left <= 0 and not sealed(settings.run):
+    if agenda.finished() and not sealed(settings.run):
         return True
     if dashboard := connect(settings.address, settings.dashboard):
         progress.say(f"Ray dashboard: http://{dashboard} (if it asks for a token: ray get-auth-token)")
     gpus, concurrent = fitted(settings.cpus, settings.gpus, settings.workers, settings.concurrent)
     settings = replace(settings, gpus=gpus, concurrent=concurrent)
     signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))  # Tune saves and returns on SIGINT
-    if left > 0:
+    if not agenda.finished():
         ledger = Ledger(settings, proposals, agenda, progress, Boards(settings.run))
-        progress.begin(left, concurrent)
+        progress.begin(jobs(settings.trials, settings.fidelity) - len(ended(settings.run)), concurrent)
         try:
             tuner(settings, ledger).fit()
         finally:
@@ -131,7 +130,7 @@ def search(settings: Settings, progress: Progress) -> bool:
             ledger.boards.close()
         if ledger.error:
             raise ledger.error
-        if not agenda.finished():
+        if ledger.open or not agenda.finished():
             return False
     unseal(settings, progress)
     shutil.rmtree(Path(settings.run) / "ray", ignore_errors=True)

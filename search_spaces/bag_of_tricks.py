@@ -226,12 +226,13 @@ def choose_sampler(trial: Trial, when: str, plain: Stage) -> dict:
 def deferred(trial: Trial, plain: Stage, sampler: dict, change: dict) -> Stage:
     """Loss, weight or sampler change late in the training; a trial that defers nothing is the plain one."""
     switch = trial.suggest_categorical("switch", [0.5, 0.6, 0.7, 0.8])
+    if change["loss"].name == "influence_balanced":  # published with a step of the schedule at the switch
+        steps = tuple(sorted({switch, 0.8, 0.9}))
+        plain = plain.but(schedule=choose_schedule(trial, plain.epochs, steps))
     begun = plain.but(epochs=round(plain.epochs * switch), horizon=plain.epochs)
     if change["loss"].name in ("focal", "ldam"):  # they act from the start; only their weights are deferred
         begun = begun.but(**{**change, "weight": None})
     late = begun.but(**change, epochs=plain.epochs - begun.epochs, resume=begun)
-    if late.loss.name == "influence_balanced":  # published with one more step of the schedule at the switch
-        late = late.but(schedule=choose_schedule(trial, plain.epochs, (switch, 0.8, 0.9)))
     if sampler["sampler"] == fn("power"):
         return late if late.but(epochs=begun.epochs, resume=None) != begun else begun.but(epochs=plain.epochs)
     if sampler["sampler"].name == "progressive":

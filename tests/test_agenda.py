@@ -159,3 +159,9 @@ def test_crowding_is_the_sum_of_the_gaps():
     found = crowding({0: (0.0, 4.0), 1: (1.0, 1.0), 2: (4.0, 0.0)})
     assert found[0] == found[2] == float("inf")
     assert found[1] == pytest.approx(4 / 4 + 4 / 4)
+
+
+def test_a_trial_that_is_dropped_is_neither_done_nor_in_the_way():
+    made = agenda([recipe(0), recipe(1)])
+    made.dropped(made.next())
+    assert made.next().number == 1 and not made.found

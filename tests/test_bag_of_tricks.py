@@ -83,6 +83,9 @@ def test_influence_balancing_begins_in_the_middle():
     first, last = chain(preset("drw_ib"))
     assert (first.epochs, last.epochs, last.loss) == (100, 100, fn("influence_balanced", alpha=1000.0))
     assert last.schedule.get("milestones") == (99 / 200, 159 / 200, 179 / 200)
+    assert first.schedule == last.schedule, "the last epoch before the switch has the smaller learning rate already"
+    late = complete(STUDY.space(FixedTrial({**STUDY.presets["drw_ib"], "switch": 0.8})))
+    assert late.schedule.get("milestones") == (159 / 200, 179 / 200)
 
 
 @pytest.mark.parametrize("name", ["balance", "square", "progressive"])

@@ -10,7 +10,7 @@ from torch import nn
 from rayltr import build, catalogue
 from rayltr.interface import Batch, Diverged, Facts, Resources, State
 from rayltr.spec import chain, fn, parents
-from rayltr.train import assembled, batches, checked, generators, predict, train
+from rayltr.train import assembled, batches, checked, generators, portion, predict, train
 from tests.conftest import tiny
 
 ONE = Resources(device="cpu", threads=1)
@@ -97,6 +97,17 @@ def test_training_learns_and_prediction_has_every_image():
     losses = [record["terms"]["loss"] for record in state.history]
     assert losses[-1] < 0.5 * losses[0]
     assert logits["val"]["main"].shape[1] == 4 and logits["val"]["main"].dtype == np.float32
+
+
+@pytest.mark.parametrize(("images", "workers"), [(256, 3), (128, 2), (7, 3), (16, 1)])
+def test_workers_share_a_batch_and_part_no_pair(monkeypatch, images, workers):
+    rows, parts = torch.arange(images), []
+    for number in range(workers):
+        monkeypatch.setattr("rayltr.train.rank", lambda number=number: number)
+        monkeypatch.setattr("rayltr.train.world", lambda: workers)
+        parts.append(portion(rows))
+    assert torch.equal(torch.cat(parts), rows) and all(len(part) for part in parts)
+    assert all(part[0] % 2 == 0 for part in parts)
 
 
 def test_a_golden_run():

@@ -1,0 +1,91 @@
+"""What becomes of a trial that begins, reports, ends or dies, without Ray."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from rayltr import catalogue, records, sampling
+from rayltr.ledger import Ledger, Settings
+from rayltr.proposals import Proposals
+from rayltr.studies import Plan, rungs
+
+SPACE = """
+from rayltr.spec import Stage, fn
+
+def space(trial):
+    return Stage(source=fn("synthetic", classes=4), epochs=27, loss=fn("focal", gamma=trial.suggest_float("g", 1, 2)))
+
+def control(trial):
+    return Stage(source=fn("synthetic", classes=4), epochs=27)
+"""
+GOOD = {"final": 1, "state": "complete", "metrics": {"fitted_nll": 0.5}, "trained": 27, "resumed": 0, "started": 0.0,
+        "epochs": []}  # fmt: skip
+FULL_DISK = {"final": 1, "state": "interrupted", "error": "OSError: no space", "started": 0.0}
+FAILED = {"final": 1, "state": "failed", "error": "ValueError: no", "traceback": "Traceback ...", "started": 0.0}
+
+
+@pytest.fixture
+def ledger(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalogue, "USER", {})
+    (tmp_path / "my_space.py").write_text(SPACE)
+    plan = Plan(str(tmp_path / "my_space.py"), epochs=27, seed=0)
+    settings = Settings(str(tmp_path), plan, 3, ("balanced_nll",), "quasi")
+    proposals = Proposals(str(tmp_path), rungs(plan, "none"), ("balanced_nll",), 3, sampling.sampler("quasi", 0, 3))
+    said = []
+    quiet = SimpleNamespace(say=said.append, moved=said.append, ended=said.append, epoch=said.append)
+    made = Ledger(settings, proposals, proposals.agenda("none", 0), quiet, quiet)  # type: ignore[arg-type]
+    made.said = said  # type: ignore[attr-defined]
+    return made
+
+
+def rows(ledger):
+    return {row["trial"]: row for row in records.read_trials(ledger.settings.run).to_pylist()}
+
+
+def over(ledger, trial_id, result):
+    ledger.heard(trial_id, result)
+    ledger.end(trial_id, died=False)
+
+
+def test_a_trial_that_ends_is_recorded_and_told(ledger):
+    job = ledger.begin("a")
+    over(ledger, "a", {**GOOD, "trial": job.trial})
+    row = rows(ledger)["0000"]
+    assert (row["state"], row["objective"], row["share"], row["again"]) == ("complete", 0.5, 1.0, False)
+    assert ledger.proposals.study.trials[0].value == 0.5
+
+
+def test_an_error_in_a_trial_is_its_result(ledger):
+    ledger.begin("a")
+    over(ledger, "a", FAILED)
+    assert rows(ledger)["0000"]["error"] == "Traceback ..." and ledger.begin("b").number == 1
+
+
+def test_a_process_that_dies_is_given_a_second_chance_alone_and_no_third(ledger):
+    ledger.begin("a")
+    ledger.end("a", died=True)
+    assert not rows(ledger)
+    again = ledger.begin("b")
+    assert (again.number, again.again) == (0, True) and ledger.begin("c") is None
+    ledger.end("b", died=True)
+    row = rows(ledger)["0000"]
+    assert (row["state"], row["again"]) == ("failed", True) and "process of the trial died" in row["error"]
+
+
+def test_a_full_disk_leaves_the_trial_open_and_ends_the_search(ledger):
+    jobs = [ledger.begin("a")]
+    over(ledger, "a", FULL_DISK)
+    assert ledger.begin("b") == jobs[0].__class__(**{**vars_of(jobs[0]), "again": True})
+    over(ledger, "b", FULL_DISK)
+    for name in ("c", "d"):
+        ledger.begin(name)
+        over(ledger, name, GOOD)
+    assert ledger.begin("e") is None and ledger.agenda.finished() and ledger.open
+    assert rows(ledger)["0000"]["state"] == "interrupted"
+    settings = ledger.settings
+    later = Proposals(settings.run, rungs(settings.plan, "none"), ("balanced_nll",), 3, sampling.sampler("quasi", 0, 3))
+    assert later.agenda("none", 0).next().number == 0, "a resumed search proposes it again"
+
+
+def vars_of(job):
+    return {name: getattr(job, name) for name in ("number", "rung", "params", "asked", "stage", "broken")}
