@@ -55,7 +55,7 @@ class Boards:
         if "epoch" in record:
             values = {**record["terms"], "images_per_s": record["images_per_s"]}
             stage = f"stage{record['stage'] + 1}"
-            self._add(record, record["epoch"], scalars({f"{stage}/{name}": v for name, v in values.items()}))
+            self._add(record["trial"], record["epoch"], scalars({f"{stage}/{name}": v for name, v in values.items()}))
 
     def ended(self, row: Mapping[str, Any]) -> None:
         """Adds the validation metrics and the parameters of a row of the trials table; its files are complete then."""
@@ -64,8 +64,8 @@ class Boards:
         if found := scalars(metrics):
             # without a table of all parameters, which the first trial would fix for all, TensorBoard collects them
             _, begun, done = summary.hparams(params, {})
-            self._add(row, row["epochs_asked"], [*found, *begun.value, *done.value])
-        if board := self.trials.pop(named(row), None):
+            self._add(row["trial"], row["epochs_asked"], [*found, *begun.value, *done.value])
+        if board := self.trials.pop(row["trial"], None):
             self._spare(board.close)
 
     def close(self) -> None:
@@ -73,9 +73,9 @@ class Boards:
         while self.trials:
             self._spare(self.trials.popitem()[1].close)
 
-    def _add(self, about: Mapping[str, Any], step: int, values: list[Any]) -> None:
+    def _add(self, trial: str, step: int, values: list[Any]) -> None:
         if not self.failed:
-            self._spare(lambda: self._board(named(about)).add(step, values))
+            self._spare(lambda: self._board(trial).add(step, values))
         if time.monotonic() - self.flushed > FLUSH_S:
             self.flushed = time.monotonic()
             for board in self.trials.values():
@@ -114,11 +114,6 @@ class Board:
             what = event_pb2.Event(step=step, wall_time=time.time())
             what.summary.value.extend(new)
             self.file.write_event(what)
-
-
-def named(about: Mapping[str, Any]) -> str:
-    """The id of the trial that a report or a row is about."""
-    return about.get("trial") or f"{about['number']:04d}"
 
 
 def scalars(values: Mapping[str, float | None]) -> list[Any]:

@@ -21,10 +21,10 @@ from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData  # isort: sk
 ROOT = Path(__file__).parents[1]
 
 
-def report(number, stage, epoch, **changes):
+def report(number, stage, epoch, trial=None):
     terms = {"loss": 2.0 / epoch, "distance": 0.25 * epoch}
-    return {"number": number, "final": 0, "stage": stage, "epoch": epoch, "of_epochs": 9, "terms": terms,
-            "images_per_s": 100.0 * epoch, "wall_s": 1.0, "trained": epoch, **changes}  # fmt: skip
+    return {"trial": trial or f"{number:04d}", "final": 0, "stage": stage, "epoch": epoch, "of_epochs": 9,
+            "terms": terms, "images_per_s": 100.0 * epoch, "wall_s": 1.0, "trained": epoch}  # fmt: skip
 
 
 def row(number, **changes):
@@ -62,7 +62,7 @@ def hparams(run, trial):
 
 def test_terms_and_speed_of_every_stage_are_drawn_over_its_clock(tmp_path):
     made = Boards(tmp_path)
-    made.epoch({"number": 3, "final": 0, "started": 0.0})  # a trial that has only begun
+    made.epoch({"trial": "0003", "final": 0, "started": 0.0})  # a trial that has only begun
     for stage, epoch in ((0, 1), (0, 2), (1, 1)):
         made.epoch(report(3, stage, epoch))
     made.close()

@@ -167,6 +167,11 @@ def test_summary_agrees_with_its_parts():
     assert summary["fitted_balanced"] == pytest.approx(balanced_accuracy_score(target, pred))
     assert summary["fitted_few"] == pytest.approx(np.mean([np.mean(pred[target == c] == c) for c in groups["few"]]))
     assert summary["fitted_few"] > summary["few"] and summary["fitted_nll"] < summary["balanced_nll"]
+    corrected = z / temperature - tau * np.log(counts / counts.sum())
+    assert summary["ece"] == metrics.ece(z, target)
+    assert summary["fitted_ece"] == pytest.approx(metrics.ece(corrected, target), abs=1e-6)
+    per_class = metrics.class_accuracy(pred, target, 12)
+    assert summary["fitted_worst_decile"] == per_class.min() > summary["worst_decile"]
 
 
 def test_sweep_passes_through_the_raw_and_the_fitted_scores():

@@ -1,11 +1,19 @@
 import pytest
 
+from rayltr import records
 from rayltr.metrics import SUMMARY
 from rayltr.objectives import OBJECTIVES, direction, parse, values
 
 
 def test_every_objective_is_something_a_trial_measures():
     assert set(OBJECTIVES.values()) <= {*SUMMARY, "cost_s"}
+
+
+def test_the_trials_table_takes_every_objective(tmp_path):
+    row = {"trial": "0000", "state": "complete", **{f"m.val.{name}": 0.25 for name in OBJECTIVES.values()}}
+    records.append_trial(tmp_path, row)
+    (found,) = records.read_trials(tmp_path).to_pylist()
+    assert {found[f"m.val.{name}"] for name in OBJECTIVES.values()} == {0.25}
 
 
 def test_up_to_three_are_taken():

@@ -1,3 +1,4 @@
+import pickle
 from collections import Counter
 from datetime import UTC, datetime
 
@@ -7,9 +8,24 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from rayltr import records, studies
-from rayltr.sampling import RESULT, SAMPLERS, Design, Phased, designed, distributions, number, sampler, starts, warm
+from rayltr import catalogue, records, studies
+from rayltr.sampling import (
+    RECIPE,
+    RESULT,
+    SAMPLERS,
+    Design,
+    Phased,
+    designed,
+    distributions,
+    number,
+    propose,
+    sampler,
+    starts,
+    warm,
+)
 from rayltr.studies import CONTROL, STUDY
+
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +70,32 @@ def test_a_design_is_balanced_in_every_parameter_that_a_trial_has():
     assert sum(x < 1e-2 for x in logs) == 4, "half of the strata lie below the middle of the logarithmic range"
 
 
+def test_a_design_meets_every_stratum_of_every_kind_of_numbers():
+    study = study_of(Design(0))
+    asked = [
+        lambda trial: trial.suggest_float("step", 0.0, 0.6, step=0.2),  # four values: each twice in a block of eight
+        lambda trial: trial.suggest_int("many", 1, 16),  # two to a stratum
+        lambda trial: trial.suggest_int("logs", 1, 220, log=True),
+        lambda trial: trial.suggest_int("odd", 1, 5, step=2),
+    ]
+    found = [[suggest(trial) for suggest in asked] for trial in (study.ask() for _ in range(24))]
+    for block in range(3):
+        step, many, logs, _ = zip(*found[8 * block : 8 * block + 8], strict=True)
+        assert Counter(round(value, 9) for value in step) == {0.0: 2, 0.2: 2, 0.4: 2, 0.6: 2}
+        assert sorted((value - 1) // 2 for value in many) == list(range(8))
+        assert sum(value <= 10 for value in logs) == 4, "the middle of 0.5 to 220.5, in logarithms, is 10.5"
+    assert Counter(odd for *_, odd in found) == {1: 8, 3: 8, 5: 8}
+    assert all(type(value) is int for _, *whole in found for value in whole)
+
+
+def test_what_is_fixed_is_no_draw_of_the_design():
+    study, plain = study_of(Design(0)), drawn(study_of(Design(0)), 7)
+    study.enqueue_trial({"kind": "a"})
+    points = drawn(study, 7)
+    assert [point["kind"] for point in points] == ["a", *(point["kind"] for point in plain[:6])]
+    assert [point["y"] for point in points] == [point["y"] for point in plain]
+
+
 def test_a_design_depends_on_the_seed_and_on_nothing_that_was_found():
     plain = drawn(study_of(Design(3)), 12)
     study, other = study_of(Design(3)), []
@@ -77,6 +119,18 @@ def test_a_restart_in_the_middle_of_a_trial_changes_no_point(tmp_path):
     assert drawn(again, 4) == plain[4:]
 
 
+@pytest.mark.parametrize("name", ["random", "quasi", "tpe"])
+def test_a_resumed_search_draws_what_an_undisturbed_one_would_have(name):
+    plain, study = study_of(sampler(name, 5, 3)), study_of(sampler(name, 5, 3))
+    for count in range(18):
+        study.sampler = sampler(name, 5, 3)
+        for one in (plain, study):
+            trial = one.ask()
+            one.tell(trial, space(trial) + count % 2)
+    points = [[trial.params for trial in one.trials] for one in (plain, study)]
+    assert points[0] == points[1] and len({point["y"] for point in points[0]}) == 18
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("aims", [("minimize",), ("minimize", "maximize")])
 def test_every_sampler_gets_along_with_conditions_failures_and_objectives(name, aims):
@@ -96,12 +150,72 @@ def test_the_design_comes_first_and_then_what_was_asked_for():
     design = drawn(study_of(Design(0)), 6)
     phased = drawn(study_of(Phased("random", 0, 4)), 6)
     assert phased[:4] == design[:4] and phased[4:] != design[4:]
+    assert drawn(study_of(sampler("quasi", 0, 0)), 6) == design
+    assert drawn(study_of(sampler("random", 0, 6)), 6)[:4] != design[:4]
+
+
+def test_a_sampler_can_be_pickled_in_the_middle_of_trials():
+    study = study_of(sampler("tpe", 0, 1))
+    drawn(study, 3)
+    copy = pickle.loads(pickle.dumps(study.sampler))
+    assert set(copy.open) == {1, 2}
+
+
+def test_results_of_others_do_not_count_as_trials():
+    study = study_of(sampler("tpe", 0, 2))
+    plain = drawn(study_of(Design(0)), 2)
+    result = optuna.trial.create_trial(
+        value=0.5,
+        params={"y": 0.5},
+        distributions={"y": optuna.distributions.FloatDistribution(0.0, 1.0)},
+        user_attrs={RESULT: "elsewhere:0000"},
+    )
+    points = []
+    for own in range(4):
+        study.add_trial(result)
+        trial = study.ask()
+        space(trial)
+        points.append(trial.params)
+        assert (trial.number, number(study, trial)) == (2 * own + 1, own)
+    assert points[:2] == plain
+    assert [number(study, trial) for trial in study.trials if RESULT not in trial.user_attrs] == [0, 1, 2, 3]
 
 
 def test_every_parameter_of_both_arms_has_its_distribution():
     found = distributions(studies.find("bag_of_tricks"))
     assert {"arm", "when", "loss", "mixing", "kd_alpha", "seql_gamma", "cam", "switch", "tau"} <= set(found)
     assert found["lr"].choices == (0.05, 0.1, 0.2) and found["ib_alpha"].log
+    asked = study_of(optuna.samplers.RandomSampler(seed=99))
+    seen = {}
+    for _ in range(300):
+        trial = asked.ask()
+        studies.find("bag_of_tricks")(trial)
+        seen |= trial.distributions
+    assert found == seen
+
+
+def test_a_point_takes_the_next_free_place_of_its_arm_once():
+    study = study_of(Design(0))
+    for arm in (CONTROL, STUDY, STUDY, CONTROL):
+        study.enqueue_trial({"arm": arm})
+    running = study.ask()
+    assert propose(study, {"kind": "b"}, origin="x") and not propose(study, {"arm": STUDY, "kind": "b"})
+    assert propose(study, {"arm": CONTROL, "kind": "c"})
+    assert propose(study, {"kind": "a"}) and not propose(study, {"kind": "c"}), "no place is left"
+    fixed = [trial.system_attrs["fixed_params"] for trial in study.trials]
+    assert fixed == [{"arm": CONTROL}, {"arm": STUDY, "kind": "b"}, {"arm": STUDY, "kind": "a"},
+                     {"arm": CONTROL, "kind": "c"}]  # fmt: skip
+    assert study.trials[1].user_attrs == {"origin": "x"} and running.number == 0
+    assert drawn(study, 3)[0]["kind"] == "b"
+
+
+def test_a_trial_that_was_begun_is_no_free_place():
+    study = study_of(Design(0))
+    study.enqueue_trial({"arm": STUDY})
+    begun = study.ask()
+    begun.suggest_categorical("arm", [STUDY, CONTROL])
+    study._storage.set_trial_state_values(begun._trial_id, TrialState.WAITING)
+    assert not propose(study, {"kind": "b"})
 
 
 def test_presets_to_begin_with():
@@ -111,6 +225,84 @@ def test_presets_to_begin_with():
     assert point == {"arm": STUDY, **study.presets["bag_of_tricks"]}
     with pytest.raises(ValueError, match="no preset 'bag_of_trick'; did you mean bag_of_tricks"):
         starts(study, 20, ["bag_of_trick"])
+    same = ["cels", "drw_cels"]
+    assert study.presets[same[0]] == study.presets[same[1]] and len(starts(study, 20, same)) == 1
+    assert starts(study, 20, []) == []
+
+
+def test_a_preset_outside_of_its_space_is_refused(tmp_path):
+    path = tmp_path / "outside.py"
+    path.write_text(OWN.replace('"gamma": 2.0', '"gamma": 7.0'))
+    with pytest.raises(ValueError, match="gamma = 7.0 is not between"):
+        starts(studies.find(str(path)), 10, ["paper"])
+
+
+OWN = """
+from rayltr.spec import Stage, fn
+
+PAPER = {"gamma": 2.0, "size": 32, "last": True}
+
+def space(trial):
+    gamma = trial.suggest_float("gamma", 0.5, 3)
+    trial.suggest_int("size", 16, 64, step=16)
+    trial.suggest_categorical("last", [False, True])
+    return Stage(source=fn("digits"), epochs=4, loss=fn("focal", gamma=gamma))
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalogue, "USER", {})
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    return studies.find(str(path))
+
+
+def rows(run, *given):
+    """A run with these rows of trials."""
+    records.write_run(run, {})
+    for place, row in enumerate(given):
+        records.append_trial(run, {"trial": f"{place:04d}", "number": place, "state": "complete", **row})
+    return run
+
+
+def test_results_are_those_that_are_whole_and_within_the_space(own, tmp_path):
+    good = {"m.val.fitted_many": 0.5, "m.val.cost_s": 3.0}
+    run = rows(
+        tmp_path / "run",
+        {**good, "p.arm": STUDY, "p.gamma": 1.0, "p.size": 32.0, "p.last": 1},
+        {**good, "p.arm": STUDY, "p.gamma": 9.0, "p.size": 33, "p.last": 0},
+        {**good, "p.gamma": 1.5, "m.val.cost_s": None},
+        {**good, "p.gamma": 1.5, "m.val.fitted_many": float("nan")},
+        {**good, "p.gamma": 1.5, "state": "failed"},
+        {**good, "p.gamma": 1.5, "trial": "0000.1", "share": 1.0},
+        {**good, "p.arm": STUDY, "p.unknown": 3},
+    )
+    study = study_of(Design(0), ("maximize", "minimize"))
+    assert warm(study, own, [run], ["many", "cost"], lambda info: True) == f"warm start: 2 results of {run}"
+    assert [trial.params for trial in study.trials] == [
+        {"arm": STUDY, "gamma": 1.0, "size": 32, "last": True},
+        {"arm": STUDY, "last": False},
+    ]
+    assert type(study.trials[0].params["size"]) is int and study.trials[0].params["last"] is True
+    assert study.trials[0].values == [0.5, 3.0]
+
+
+def test_the_five_best_recipes_at_full_length_are_tried_first(own, tmp_path):
+    scored = [(0.1 * place, 0.5 + 0.25 * (place // 2)) for place in range(9)]  # pairs are the same recipe
+    full = [{"p.arm": STUDY, "p.gamma": gamma, "m.val.fitted_few": few, "share": 1.0} for few, gamma in scored]
+    short = {"p.arm": STUDY, "p.gamma": 2.75, "m.val.fitted_few": 0.99, "share": 1 / 9}
+    run = rows(tmp_path / "run", short, *full, {**full[0], "p.gamma": 3.0, "m.val.fitted_few": 0.0})
+    study = study_of(sampler("nsga2", 0, 2), ("maximize",))
+    for arm in [CONTROL, *[STUDY] * 7]:
+        study.enqueue_trial({"arm": arm})
+    told = warm(study, own, [run], ["few"], lambda info: False)
+    assert told == f"warm start: 5 recipes of {run} to try first"
+    fixed = [trial.system_attrs["fixed_params"] for trial in study.trials]
+    assert [point.get("gamma") for point in fixed] == [None, 1.5, 1.25, 1.0, 0.75, 0.5, None, None]
+    assert study.trials[1].user_attrs == {RECIPE: f"{run}:0009"}
+    assert warm(study, own, [run], ["few"], lambda info: False) == f"warm start: nothing new in {run}"
+    assert [trial.system_attrs["fixed_params"] for trial in study.trials] == fixed
 
 
 def recorded(run, data):
