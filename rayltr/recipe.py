@@ -5,7 +5,6 @@ The run folder it leaves is that of a search with one trial: reports, exports an
 
 import argparse
 import json
-import math
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -206,18 +205,13 @@ def replayed(there: Path, trial: str, here: Path) -> str:
         return f"{done}: nothing to compare with, because trial {before['trial']} of {there} is {before['state']}"
     if before["address"] != after["address"]:
         return f"{done}: not compared with {of}: the recipe, the data or the version of the numerics is another"
-    gaps = differences(measured(before), measured(after))
+    old, new = measured(before), measured(after)
+    both = [name for name in old if name in new]  # other versions may measure more
+    gaps = {name: abs(old[name] - new[name]) for name in both if repr(old[name]) != repr(new[name])}
     if not gaps:
-        return f"{done}: all {len(measured(after))} validation metrics are identical to {of}"
+        return f"{done}: all {len(both)} validation metrics are identical to {of}"
     largest = ", ".join(f"{name} by {gaps[name]:.2g}" for name in sorted(gaps, key=lambda name: -gaps[name])[:3])
-    return f"{done}: {len(gaps)} validation metrics differ from {of} ({largest}); {causes(there, here)}"
-
-
-def differences(old: Mapping[str, float], new: Mapping[str, float]) -> dict[str, float]:
-    """How far metrics that are not the same to the last bit are apart; infinitely where only one was measured."""
-    gaps = {name: abs(old.get(name, math.nan) - new.get(name, math.nan)) for name in {**old, **new}}
-    same = {name for name in gaps if repr(old.get(name)) == repr(new.get(name))}
-    return {name: math.inf if math.isnan(gap) else gap for name, gap in gaps.items() if name not in same}
+    return f"{done}: {len(gaps)} of {len(both)} validation metrics differ from {of} ({largest}); {causes(there, here)}"
 
 
 def causes(there: Path, here: Path) -> str:

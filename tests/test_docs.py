@@ -21,7 +21,17 @@ def test_the_study_in_the_readme_is_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/data.md", "docs/runs.md", "docs/bag_of_tricks.md"]
+    "name",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "docs/data.md",
+        "docs/runs.md",
+        "docs/bag_of_tricks.md",
+        "docs/cluster.md",
+        "docs/results.md",
+    ],
 )
 def test_links_lead_somewhere(name):
     for target in re.findall(r"\]\((?!http|#)([^)#]+)", (ROOT / name).read_text()):
