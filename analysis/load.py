@@ -116,7 +116,7 @@ def _trial(folder: str | os.PathLike, row: dict[str, Any], groups: Groups) -> Tr
     recorded = {k.removeprefix(records.METRIC): v for k, v in row.items() if k.startswith(records.METRIC)}
     recorded = {name: value for name, value in recorded.items() if value is not None}
     trial = Trial(
-        row={name: row[name] for name in records.TRIALS.names},
+        row={name: row.get(name) for name in records.TRIALS.names},
         params={name: value for name, value in params.items() if value is not None},
         recorded=recorded,
         val={name: recorded.get(f"{VAL}{name}", math.nan) for name in metrics.SUMMARY},
