@@ -5,6 +5,7 @@ The run folder it leaves is that of a search with one trial: reports, exports an
 
 import argparse
 import json
+import shutil
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -20,12 +21,15 @@ from rayltr.progress import outcome, stood
 from rayltr.spec import FixedTrial, Stage, chain, digest, dump, parse
 from rayltr.studies import STUDY, Study
 
+SHOWN = 8
+"""So many presets are named in a message."""
+
 
 def parser() -> argparse.ArgumentParser:
     made = command.Parser(prog="rayltr train", description="Train one recipe: no search, no Ray.")
     made.add_argument("recipe", nargs="?", help=f"a study ({', '.join(studies.names())}, or a .py file), a config.json "
                       "as exports hold it, or the folder of a run (with --trial)")  # fmt: skip
-    made.add_argument("--preset", default="paper", metavar="NAME", help="a named point of the study (see --list)")
+    made.add_argument("--preset", metavar="NAME", help="a named point of the study (see --list; default: paper)")
     made.add_argument("--trial", metavar="ID", help="the trial of a run to train again")
     made.add_argument("--list", action="store_true", help="list studies and presets with their published errors")
     command.data_options(made)
@@ -59,13 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if again and run.resolve() == again.resolve():
         raise ValueError(f"{run} holds the trial already; --name or --storage gives the new training a run of its own")
     if not (run / "run.json").exists():
-        more = {
-            "command": command.typed("rayltr.train", [], arguments),
-            "settled": {"recipe": dump(stage), "data": data.digest},
-        }
+        more = {"command": command.typed("rayltr.train", [], arguments), "settled": settled}
         command.begin(run, name, data, options, more)
         for file in own_files(Path(options.recipe)):
             records.save(run / file.name, file.read_bytes())
+        rehearsed(run, stage, options)
     elif records.read_run(run).get("settled") != json.loads(json.dumps(settled)):
         raise Refused(f"{run} is a run of another recipe or of other data; choose another --name")
     print(command.described(stage.source, data))
@@ -88,9 +90,10 @@ def asked(options: argparse.Namespace) -> tuple[str, Stage, dict[str, Any]]:
     if path.suffix != ".json" and not is_run:
         place = str(path.absolute()) if path.suffix == ".py" else options.recipe
         study = studies.find(place)
-        params = {"arm": STUDY, **preset(study, options.preset)}
+        chosen = preset(study, options.preset)
+        params = {"arm": STUDY, **study.presets[chosen]}
         plan = command.plan_of(options, place, study(FixedTrial(params)))
-        return f"{study.name}-{options.preset}", plan.stage(study, params), params
+        return f"{study.name}-{chosen}", plan.stage(study, params), params
     for file in own_files(path):
         studies.find(str(file))  # its functions may be part of the recipe
     if is_run:
@@ -136,11 +139,35 @@ def recorded(run: Path, trial: str | None) -> Mapping[str, Any]:
     return rows[trial]
 
 
-def preset(study: Study, name: str) -> Mapping[str, Any]:
+def preset(study: Study, name: str | None) -> str:
+    """The name of the preset that is meant: `paper`, or a study's only one, unless one is named."""
+    if not study.presets:
+        raise ValueError(f"the study {study.name} has no presets: it defines no PAPER")
+    if name is None:
+        name = "paper" if "paper" in study.presets else next(iter(study.presets))
+        if name != "paper" and len(study.presets) > 1:
+            some = ", ".join([*study.presets][:SHOWN])
+            raise ValueError(f"which --preset? {study.name} has {len(study.presets)}: {some} ... (see --list)")
     if name not in study.presets:
-        there = nearest(name, study.presets) if study.presets else "it defines no PAPER"
-        raise ValueError(f"--preset {name}: the study {study.name} has no such preset; {there}")
-    return study.presets[name]
+        known = nearest(name, study.presets)
+        raise ValueError(f"--preset {name}: the study {study.name} has no such preset; {known}")
+    return name
+
+
+def rehearsed(run: Path, stage: Stage, options: argparse.Namespace) -> None:
+    """Raises ValueError for a recipe that fails at its first step, and takes its new run away."""
+    rehearsal = import_module("rayltr.rehearsal")  # torch, only now that everything is known to be possible
+    try:
+        rehearsal.rehearse(stage, rehearsal.Resources(device=options.device, threads=options.threads))
+    except rehearsal.Diverged:  # a few images prove nothing
+        return
+    except Exception as error:
+        shutil.rmtree(run)
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        named = (
+            f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+        )
+        raise ValueError(f"the recipe cannot be trained: {error if type(error) is ValueError else named}") from error
 
 
 def trained(run: Path, name: str, stage: Stage, params: dict[str, Any], options: argparse.Namespace) -> None:

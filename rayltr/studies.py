@@ -80,8 +80,14 @@ def find(study: str) -> Study:
     if study.endswith(".py") or "/" in study:
         return _study(_from_file(Path(study)), Path(study).stem)
     if study not in names():
-        raise ValueError(f"unknown study {study!r}: {catalogue.nearest(study, names())}; or the path of a .py file")
+        raise ValueError(f"unknown study {study!r}: {meant(study)}; or the path of a .py file")
     return _study(import_module(f"search_spaces.{study}"), study)
+
+
+def meant(word: str) -> str:
+    """What somebody may mean by a study that does not exist."""
+    owners = [name for name in names() if word in find(name).presets]
+    return f"it is a preset: {owners[0]} --preset {word}" if owners else catalogue.nearest(word, names())
 
 
 def _from_file(path: Path) -> ModuleType:

@@ -37,6 +37,7 @@ def quiet(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for main in (search, recipe, export, predict, command):
         monkeypatch.setattr(main, "import_module", nothing)
+    monkeypatch.setattr(recipe, "rehearsed", lambda *_: None)
 
 
 @pytest.fixture
@@ -487,7 +488,8 @@ def test_a_search_goes_on_when_an_arm_fails(tmp_path, how, error):
     ("words", "message"),
     [
         ([], "which recipe?"),
-        (["bag_of_tricks"], "--preset paper: the study bag_of_tricks has no such preset; known: bag_of_tricks, "),
+        (["bag_of_tricks"], "which --preset? bag_of_tricks has "),
+        (["bsce"], "unknown study 'bsce': it is a preset: bag_of_tricks --preset bsce"),
         (["bag_of_tricks", "--preset", "bsc"], "no such preset; did you mean bsce"),
         (["bag_of_tricks", "--preset", "drw_bsce", "--epochs", "1"], "too few for a chain of 2 training stages"),
         (["bag_of_tricks", "--preset", "ce", "--trial", "0001"], "--trial 0001 is of which run?"),

@@ -442,4 +442,4 @@ def test_a_recipe_that_diverges_ends_with_one_line(refused, run, place, tmp_path
     code, error = refused(recipe, place / "mine.py", "--preset", "bad", *DATA, "--storage", tmp_path, "--name", "bad")
     assert code == FAILED and "the recipe cannot be trained: " in error
     code, error = refused(recipe, place / "config.json", "--backbone", "timm:resnet9999", "--storage", tmp_path)
-    assert code == FAILED and "timm has no model 'resnet9999'" in error
+    assert code == USAGE and "timm has no model 'resnet9999'" in error

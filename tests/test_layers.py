@@ -17,7 +17,7 @@ LAYERS = [
     {"rayltr.command", "rayltr.methods"},
     {"rayltr.build"},
     {"rayltr.train", "rayltr.evaluate", "rayltr.store"},
-    {"rayltr.trial", "rayltr.recipe"},
+    {"rayltr.trial", "rayltr.rehearsal", "rayltr.recipe"},
     {"rayltr.cluster", "rayltr.shipping"},
     {"rayltr.sampling"},
     {"rayltr.proposals"},
@@ -39,7 +39,7 @@ ONLY = {
     "plotly": {"analysis"},
     "torch": {"rayltr.interface", "rayltr.views", "rayltr.samplers", "rayltr.mixing", "rayltr.backbones",
               "rayltr.heads", "rayltr.losses", "rayltr.optim", "rayltr.parallel", "rayltr.methods", "rayltr.build",
-              "rayltr.train", "rayltr.store", "rayltr.shipping", "rayltr.cluster"},
+              "rayltr.train", "rayltr.rehearsal", "rayltr.store", "rayltr.shipping", "rayltr.cluster"},
 }  # fmt: skip
 
 

@@ -1,0 +1,72 @@
+"""One step of every stage of a chain: what cannot be trained is found before the first epoch, and what memory it takes.
+
+A few real images and the loop itself, so nothing that a training would meet is described twice.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from rayltr.catalogue import complete
+from rayltr.data import Data, Split, load
+from rayltr.interface import Diverged, Resources, State
+from rayltr.spec import RandomTrial, Stage, chain, mapped, parents
+from rayltr.studies import CONTROL, STUDY, find
+from rayltr.train import train
+
+__all__ = ["Diverged", "Resources", "peak", "rehearse"]
+
+IMAGES = 500
+"""So many are predicted at once; see `rayltr.train.predict`."""
+PROBED = 4
+"""Random points of a study whose memory is measured; the largest counts."""
+
+
+def rehearse(stage: Stage, resources: Resources) -> None:
+    """Trains every stage of a chain for one step and predicts; nothing is kept.
+
+    Raises what the training would raise at its first step: ValueError for values that cannot be.
+    """
+    sources: dict[Any, Data] = {}
+    states: dict[Stage, State] = {}
+    for own in chain(mapped(complete(stage), lambda own: own.but(epochs=min(own.epochs, 1)))):
+        if own.source not in sources:
+            sources[own.source] = load(own.source)
+        given = {role: states[parent] for role, parent in parents(own).items()}
+        states[own], _ = train(own, given, data=sample(sources[own.source], own.batch), resources=resources)
+
+
+def sample(data: Data, batch: int) -> Data:
+    """A data set of one batch, of images from all over the training set; classes without an image are empty ones."""
+    part = spread(data.train, batch)
+    counts = np.bincount(part.target, minlength=len(data.counts))
+    return replace(data, train=part, val=spread(data.val, IMAGES), counts=counts)
+
+
+def spread(split: Split, size: int) -> Split:
+    chosen = np.unique(np.linspace(0, len(split) - 1, min(size, len(split))).round().astype(np.int64))
+    return replace(split, rows=split.rows[chosen], target=split.target[chosen])
+
+
+def peak(settings: Any) -> tuple[int, int]:
+    """(the most bytes that a trial of a search takes of a GPU, bytes that the GPU has), measured on the GPU here."""
+    study, most = find(settings.plan.study), 0
+    device, total = Resources().place(), torch.cuda.mem_get_info()[1]
+    for point in points(study):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        rehearse(settings.plan.stage(study, point), Resources(threads=settings.cpus))
+        most = max(most, torch.cuda.max_memory_reserved(device))
+    return most, total
+
+
+def points(study: Any) -> list[dict[str, Any]]:
+    """Points of a study: of its control arm, and some of its own drawn at random."""
+    drawn = []
+    for seed in range(PROBED + 1):
+        trial, arm = RandomTrial(seed), STUDY if seed else CONTROL
+        study.point(arm, trial)
+        drawn.append({"arm": arm, **trial.asked})
+    return drawn
