@@ -44,12 +44,13 @@ USER: dict[str, Callable] = {}
 class Signature:
     """What may be written in a Fn: defaults by keyword, and the keywords that have none.
 
-    taught: a method that needs a teacher.
+    taught: a method that needs a teacher.  views: how many a method needs.
     """
 
     defaults: dict[str, Any]
     required: tuple[str, ...] = ()
     taught: bool = False
+    views: int = 1
 
     @property
     def keywords(self) -> tuple[str, ...]:
@@ -97,8 +98,9 @@ def _method(path: Path) -> Signature:
     tree = ast.parse(path.read_text())
     made = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Method")
     sign = _signature(next(f for f in made.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"))
-    return replace(sign, taught=any(isinstance(node, ast.Assign) and ast.unparse(node) == "taught = True"
-                                    for node in made.body))  # fmt: skip
+    said = {ast.unparse(n.targets[0]): n.value for n in made.body if isinstance(n, ast.Assign)}
+    facts = {name: ast.literal_eval(said[name]) for name in ("taught", "views") if name in said}
+    return replace(sign, **facts)
 
 
 def _table(tree: ast.Module, name: str) -> dict[str, str]:
@@ -226,7 +228,9 @@ def _check(stage: Stage) -> None:
         raise ValueError("a stage needs at least one view; fn('identity') leaves images as they are")
     if stage.weight and stage.loss.name in unweighted():
         raise ValueError(f"the loss {stage.loss.name} takes no class weight: {unweighted()[stage.loss.name]}")
-    taught = signature("method", stage.method).taught
+    taught, views = (getattr(signature("method", stage.method), name) for name in ("taught", "views"))
+    if len(stage.views) < views:
+        raise ValueError(f"the method {stage.method.name} needs {views} views, the stage has {len(stage.views)}")
     if taught and stage.teacher is None:
         raise ValueError(f"the method {stage.method.name} needs a teacher: a finished stage, given as teacher=...")
     if stage.teacher and not taught:

@@ -55,6 +55,19 @@ def gather(x: Tensor) -> Tensor:
     return _Gather.apply(x) if world() > 1 else x
 
 
+def gather_rows(x: Tensor) -> tuple[Tensor, int]:
+    """`x` [n, ...] of all workers one below the other, with gradient, and where this worker's rows begin.
+
+    The workers may have different numbers of rows.
+    """
+    if world() == 1:
+        return x, 0
+    sizes = gather(torch.tensor([len(x)], device=x.device)).tolist()
+    padded = gather(torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])]))
+    rows = torch.cat([part[:size] for part, size in zip(padded.chunk(len(sizes)), sizes, strict=True)])
+    return rows, sum(sizes[: rank()])
+
+
 class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation over the images of all workers, however many each of them has; on any device.
 

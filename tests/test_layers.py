@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 AXES = {"rayltr.views", "rayltr.samplers", "rayltr.mixing", "rayltr.backbones", "rayltr.heads", "rayltr.losses",
-        "rayltr.optim", "rayltr.parallel", "rayltr.data"}  # fmt: skip
+        "rayltr.optim", "rayltr.parallel", "rayltr.contrast", "rayltr.data"}  # fmt: skip
 LAYERS = [
     {"rayltr.spec", "rayltr.records", "rayltr.metrics", "rayltr.choice", "rayltr.interface"},
     {"search_spaces", "analysis"},
@@ -38,8 +38,8 @@ ONLY = {
     "optuna": {"rayltr.sampling", "rayltr.proposals"},
     "plotly": {"analysis"},
     "torch": {"rayltr.interface", "rayltr.views", "rayltr.samplers", "rayltr.mixing", "rayltr.backbones",
-              "rayltr.heads", "rayltr.losses", "rayltr.optim", "rayltr.parallel", "rayltr.methods", "rayltr.build",
-              "rayltr.train", "rayltr.rehearsal", "rayltr.store", "rayltr.shipping", "rayltr.cluster"},
+              "rayltr.heads", "rayltr.losses", "rayltr.optim", "rayltr.parallel", "rayltr.contrast", "rayltr.methods",
+              "rayltr.build", "rayltr.train", "rayltr.rehearsal", "rayltr.store", "rayltr.shipping", "rayltr.cluster"},
 }  # fmt: skip
 
 

@@ -20,7 +20,8 @@ TAUGHT = {name for name in METHODS if catalogue.names("method")[name].taught}
 
 def asked(name):
     """The method, with a teacher where it needs one."""
-    return {"method": fn(name), **({"teacher": tiny(seed=1, epochs=1)} if name in TAUGHT else {})}
+    views = (fn("flip_crop"),) * catalogue.names("method")[name].views
+    return {"method": fn(name), "views": views, **({"teacher": tiny(seed=1, epochs=1)} if name in TAUGHT else {})}
 
 
 CASES = {name: {**asked(name), "weight": fn("inverse_frequency")} for name in METHODS} | {
