@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent
 
 TABLES = {
     "source": ("data", "SOURCES"),
-    "views": ("views.py", "VIEWS"),
+    "views": ("views", "VIEWS"),
     "sampler": ("samplers.py", "SAMPLERS"),
     "mixing": ("mixing.py", "MIXINGS"),
     "backbone": ("backbones.py", "BACKBONES"),
@@ -44,13 +44,15 @@ USER: dict[str, Callable] = {}
 class Signature:
     """What may be written in a Fn: defaults by keyword, and the keywords that have none.
 
-    taught: a method that needs a teacher.  views: how many a method needs.
+    Of a method: taught, it needs a teacher; views, how many it needs; own_loss, its loss is a part of it, so that a
+    stage chooses none, nor a class weight or a mixing.
     """
 
     defaults: dict[str, Any]
     required: tuple[str, ...] = ()
     taught: bool = False
     views: int = 1
+    own_loss: bool = False
 
     @property
     def keywords(self) -> tuple[str, ...]:
@@ -99,7 +101,7 @@ def _method(path: Path) -> Signature:
     made = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Method")
     sign = _signature(next(f for f in made.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"))
     said = {ast.unparse(n.targets[0]): n.value for n in made.body if isinstance(n, ast.Assign)}
-    facts = {name: ast.literal_eval(said[name]) for name in ("taught", "views") if name in said}
+    facts = {name: ast.literal_eval(said[name]) for name in ("taught", "views", "own_loss") if name in said}
     return replace(sign, **facts)
 
 
@@ -228,15 +230,23 @@ def _check(stage: Stage) -> None:
         raise ValueError("a stage needs at least one view; fn('identity') leaves images as they are")
     if stage.weight and stage.loss.name in unweighted():
         raise ValueError(f"the loss {stage.loss.name} takes no class weight: {unweighted()[stage.loss.name]}")
-    taught, views = (getattr(signature("method", stage.method), name) for name in ("taught", "views"))
-    if len(stage.views) < views:
-        raise ValueError(f"the method {stage.method.name} needs {views} views, the stage has {len(stage.views)}")
-    if taught and stage.teacher is None:
-        raise ValueError(f"the method {stage.method.name} needs a teacher: a finished stage, given as teacher=...")
-    if stage.teacher and not taught:
-        raise ValueError(f"the method {stage.method.name} consults no teacher; leave teacher= out")
+    _check_method(stage, signature("method", stage.method))
     if stage.resume:
         _check_resume(stage, stage.resume)
+
+
+def _check_method(stage: Stage, sign: Signature) -> None:
+    name = f"the method {stage.method.name}"
+    if len(stage.views) < sign.views:
+        raise ValueError(f"{name} needs {sign.views} views, the stage has {len(stage.views)}")
+    if sign.taught and stage.teacher is None:
+        raise ValueError(f"{name} needs a teacher: a finished stage, given as teacher=...")
+    if stage.teacher and not sign.taught:
+        raise ValueError(f"{name} consults no teacher; leave teacher= out")
+    chosen = {"loss": stage.loss.name != Stage.loss.name, "weight": stage.weight, "mixing": stage.mixing}
+    if sign.own_loss and any(chosen.values()):
+        axis = next(axis for axis, value in chosen.items() if value)
+        raise ValueError(f"{name} has a loss of its own; leave {axis}= out")
 
 
 def _check_resume(stage: Stage, before: Stage) -> None:

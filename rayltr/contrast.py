@@ -67,30 +67,28 @@ def balanced(
     target: Tensor,
     labels: Tensor,
     place: Tensor,
-    prototypes: Tensor,
+    prototypes: Tensor | None,
     *,
     temperature: float = 0.1,
     variant: str = "L1",
-    complement: bool = True,
 ) -> Tensor:
     """The balanced contrastive loss (Zhu et al., BCL, 2022): every class weighs the same in the denominator.
 
-    prototypes: one row of unit length per class [C, D]; they join the bank, also as positives, unless `complement` is
-    off.  variant "L1", the published one, averages the exponentials of a class, "L2" averages its similarities, and
-    "L3" has the prototypes alone in the denominator and as the positive; L2 and L3 are reconstructed from the paper's
-    text.  Raises ValueError for another variant, and for L3 without the complement.
+    prototypes: one row of unit length per class [C, D]; they join the bank, also as positives (the class complement);
+    None leaves the bank alone.  variant "L1", the published one, averages the exponentials of a class, "L2" averages
+    its similarities, and "L3" has the prototypes alone in the denominator and as the positive; L2 and L3 are
+    reconstructed from the paper's text.  Raises ValueError for another variant, and for L3 without prototypes.
     """
-    if variant not in VARIANTS or (variant == "L3" and not complement):
+    if variant not in VARIANTS or (variant == "L3" and prototypes is None):
         raise ValueError(f"variant is one of {', '.join(VARIANTS)} (L3 with the complement), not {variant!r}")
-    if variant == "L3":
-        return F.cross_entropy(similarities(anchors, prototypes, temperature), target, reduction="none")
-    classes = len(prototypes)
-    if complement:
+    if prototypes is not None:
+        if variant == "L3":
+            return F.cross_entropy(similarities(anchors, prototypes, temperature), target, reduction="none")
         bank = torch.cat([bank, prototypes.to(bank)])
-        labels = torch.cat([labels, torch.arange(classes, device=labels.device)])
+        labels = torch.cat([labels, torch.arange(len(prototypes), device=labels.device)])
     s, (positive, itself) = similarities(anchors, bank, temperature), pairs(target, labels, place)
     near, some = _attraction(s, positive)
-    rows = torch.bincount(labels, minlength=classes).to(s)
+    rows = torch.bincount(labels).to(s)
     of_class = _mean_of_exponentials if variant == "L1" else _exponential_of_means
     return torch.where(some, of_class(s, labels, rows, positive, itself) - near, 0.0)
 
@@ -121,17 +119,20 @@ def parametric(
     alpha: float = 0.01,
     beta: float = 1.0,
     gamma: float = 1.0,
+    smoothing: float = 0.0,
 ) -> Tensor:
     """The parametric contrastive loss (Cui et al., PaCo, 2021, eq. 6): classes and samples share one denominator.
 
     logits: of the parametric centres [A, C], with the log prior added and divided by their own temperature.
-    alpha: weight of each positive sample; beta: of the class itself; gamma: of samples in the denominator.
+    alpha: weight of each positive sample; beta: of the class itself; gamma: of samples in the denominator;
+    smoothing: share of beta that is spread evenly over the other classes.
     """
     s = similarities(anchors, bank, temperature)
     u = logits.to(s)
     positive, itself = pairs(target, labels, place)
     whole = torch.cat([u, (s + s.new_tensor(gamma).log()).masked_fill(itself, -torch.inf)], 1).logsumexp(1)
     own = u.gather(1, target[:, None])[:, 0]
+    own = (1 - smoothing) * own + smoothing / max(u.shape[1] - 1, 1) * (u.sum(1) - own)
     many = positive.sum(1).to(s)
     near = alpha * (s * positive).sum(1) + beta * own
     return whole - near / (beta + alpha * many)

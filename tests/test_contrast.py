@@ -56,11 +56,14 @@ def slow_balanced(bank, labels, i, t, variant="L1"):
     return -sum(dot(bank[i], bank[k]) / t - z.log() for k in positives) / len(positives)
 
 
-def slow_parametric(bank, labels, i, t, logits, alpha, beta, gamma):
+def slow_parametric(bank, labels, i, t, logits, alpha, beta, gamma, smoothing):
     positives = [k for k in range(len(bank)) if k != i and labels[k] == labels[i]]
     total = logits[i].exp().sum() + gamma * sum((dot(bank[i], bank[a]) / t).exp() for a in range(len(bank)) if a != i)
     terms = [alpha * (dot(bank[i], bank[k]) / t - total.log()) for k in positives]
-    return -(sum(terms) + beta * (logits[i, labels[i]] - total.log())) / (beta + alpha * len(positives))
+    for j, u in enumerate(logits[i]):
+        share = 1 - smoothing if j == labels[i] else smoothing / (len(logits[i]) - 1)
+        terms.append(beta * share * (u - total.log()))
+    return -sum(terms) / (beta + alpha * len(positives))
 
 
 def equal_with_gradients(found, expected, *inputs):
@@ -90,7 +93,7 @@ def test_balanced_equals_its_definition(target, variant, complement):
     bank = torch.cat([z, prototypes]) if complement else z
     labels = twice.tolist() + (list(range(CLASSES)) if complement else [])
     expected = torch.stack([slow_balanced(bank, labels, i, 0.3, variant) for i in range(len(z))])
-    found = balanced(z, z, twice, twice, place, prototypes, temperature=0.3, variant=variant, complement=complement)
+    found = balanced(z, z, twice, twice, place, prototypes if complement else None, temperature=0.3, variant=variant)
     equal_with_gradients(found, expected, z, prototypes)
 
 
@@ -104,16 +107,16 @@ def test_the_third_variant_compares_with_prototypes_only():
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-@pytest.mark.parametrize("gamma", [1.0, 0.5])
-def test_parametric_equals_its_definition(target, gamma):
+@pytest.mark.parametrize(("gamma", "smoothing"), [(1.0, 0.0), (0.5, 0.2)])
+def test_parametric_equals_its_definition(target, gamma, smoothing):
     """Anchors are the first view; the bank is both views and a queue."""
     z, twice, _ = two_views(target)
     bank = torch.cat([z, units(3, seed=2)])
     labels, n = torch.cat([twice, torch.tensor([0, 1, 0])]), len(target)
     logits = torch.randn(n, CLASSES, generator=torch.Generator().manual_seed(3), dtype=torch.float64).requires_grad_()
-    weights = {"alpha": 0.1, "beta": 0.7, "gamma": gamma}
+    weights = {"alpha": 0.1, "beta": 0.7, "gamma": gamma, "smoothing": smoothing}
     found = parametric(bank[:n], bank, labels[:n], labels, torch.arange(n), logits, temperature=0.3, **weights)
-    asked = [slow_parametric(bank, labels.tolist(), i, 0.3, logits, 0.1, 0.7, gamma) for i in range(n)]
+    asked = [slow_parametric(bank, labels.tolist(), i, 0.3, logits, 0.1, 0.7, gamma, smoothing) for i in range(n)]
     equal_with_gradients(found, torch.stack(asked), z, logits)
 
 
@@ -145,7 +148,7 @@ def test_balanced_knows_neither_the_names_of_classes_nor_the_order_of_images_nor
     prototypes, n = units(CLASSES, seed=1), len(z) // 2
 
     def mean(z, twice, prototypes):
-        return balanced(z, z, twice, twice, place, prototypes, variant=variant, complement=complement).mean()
+        return balanced(z, z, twice, twice, place, prototypes if complement else None, variant=variant).mean()
 
     plain = mean(z, twice, prototypes)
     torch.testing.assert_close(mean(torch.cat([z[n:], z[:n]]), twice, prototypes), plain, **CLOSE)
@@ -196,7 +199,7 @@ def test_many_classes_need_no_table_of_classes_by_classes():
 def test_other_variants_are_refused(variant, complement):
     z, twice, place = two_views([0, 1])
     with pytest.raises(ValueError, match="variant is one of L1, L2, L3"):
-        balanced(z, z, twice, twice, place, units(2), variant=variant, complement=complement)
+        balanced(z, z, twice, twice, place, units(2) if complement else None, variant=variant)
 
 
 def test_a_projector_gives_unit_vectors_and_tracks_a_batch_only():

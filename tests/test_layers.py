@@ -7,20 +7,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 AXES = {"rayltr.views", "rayltr.samplers", "rayltr.mixing", "rayltr.backbones", "rayltr.heads", "rayltr.losses",
-        "rayltr.optim", "rayltr.parallel", "rayltr.contrast", "rayltr.data"}  # fmt: skip
+        "rayltr.optim", "rayltr.parallel", "rayltr.contrast", "rayltr.momentum", "rayltr.data"}  # fmt: skip
 LAYERS = [
     {"rayltr.spec", "rayltr.records", "rayltr.metrics", "rayltr.choice", "rayltr.interface"},
     {"search_spaces", "analysis"},
     {"rayltr.catalogue", "rayltr.claims"},
     {"rayltr.objectives", "rayltr.studies", "rayltr.progress", "rayltr.agenda", "rayltr.boards", "rayltr.machines"},
     AXES,
-    {"rayltr.command", "rayltr.methods"},
+    {"rayltr.command", "rayltr.methods", "rayltr.model_card"},
     {"rayltr.build"},
     {"rayltr.train", "rayltr.evaluate", "rayltr.store"},
     {"rayltr.trial", "rayltr.rehearsal", "rayltr.recipe"},
-    {"rayltr.cluster", "rayltr.shipping"},
-    {"rayltr.sampling"},
-    {"rayltr.proposals"},
+    {"rayltr.cluster", "rayltr.folding"},
+    {"rayltr.sampling", "rayltr.shipping"},
+    {"rayltr.proposals", "rayltr.ensemble"},
     {"rayltr.ledger"},
     {"rayltr.tuning"},
     {"rayltr.summary"},
@@ -37,9 +37,9 @@ ONLY = {
     "ray": {"rayltr.tuning", "rayltr.machines", "rayltr.cluster"},
     "optuna": {"rayltr.sampling", "rayltr.proposals"},
     "plotly": {"analysis"},
-    "torch": {"rayltr.interface", "rayltr.views", "rayltr.samplers", "rayltr.mixing", "rayltr.backbones",
-              "rayltr.heads", "rayltr.losses", "rayltr.optim", "rayltr.parallel", "rayltr.contrast", "rayltr.methods",
-              "rayltr.build", "rayltr.train", "rayltr.rehearsal", "rayltr.store", "rayltr.shipping", "rayltr.cluster"},
+    "torch": AXES - {"rayltr.data"} | {f"rayltr.{name}" for name in (
+        "interface", "methods", "build", "train", "rehearsal", "store", "folding", "shipping", "ensemble",
+        "cluster")},
 }  # fmt: skip
 
 

@@ -1,7 +1,5 @@
 """Balanced contrastive learning: three views, one for the classifier and two to compare (Zhu et al., CVPR 2022)."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -52,9 +50,9 @@ class Method(supervised.Method):
         if getattr(self.head, "weight", torch.empty(0)).shape != (len(parts.counts), dim):
             raise ValueError("bcl needs a head with one weight row per class, such as linear or cosine")
         self.ce, self.contrast = ce, contrast
-        self.choices: dict[str, Any] = {"temperature": temperature, "variant": variant, "complement": complement}
+        self.temperature, self.variant = temperature, variant
         self.project = Projector(dim, hidden, out)
-        self.project_class = Projector(dim, hidden, out, fixed=True)
+        self.project_class = Projector(dim, hidden, out, fixed=True) if complement else None
         self.fresh = (*self.fresh, "project.", "project_class.")
 
     def keep(self) -> list[str]:
@@ -69,10 +67,13 @@ class Method(supervised.Method):
 
     def _contrast(self, features: Tensor, target: Tensor) -> Tensor:
         """The mean over the anchors of all workers; `features` [2B, D] are view 2 above view 3."""
-        anchors, prototypes = self.project(features), self.project_class(self.head.weight)
+        anchors = self.project(features)
+        prototypes = self.project_class(self.head.weight) if self.project_class else None
         twice = target.repeat(2)
         bank, first = gather_rows(anchors)
         labels, _ = gather_rows(twice)
         place = first + torch.arange(len(twice), device=twice.device)
-        losses = balanced(anchors, bank, twice, labels, place, prototypes, **self.choices)
+        losses = balanced(
+            *(anchors, bank, twice, labels, place, prototypes), temperature=self.temperature, variant=self.variant
+        )
         return losses.sum() * world() / all_sum(losses.new_tensor(len(losses)))

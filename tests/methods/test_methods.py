@@ -24,7 +24,8 @@ def asked(name):
     return {"method": fn(name), "views": views, **({"teacher": tiny(seed=1, epochs=1)} if name in TAUGHT else {})}
 
 
-CASES = {name: {**asked(name), "weight": fn("inverse_frequency")} for name in METHODS} | {
+OWN = {name for name in METHODS if catalogue.names("method")[name].own_loss}
+CASES = {name: {**asked(name), **({} if name in OWN else {"weight": fn("inverse_frequency")})} for name in METHODS} | {
     "supervised, mean of images": {"method": fn("supervised", reduction="mean"), "loss": fn("focal")},
     "supervised, mixed": {"method": fn("supervised"), "mixing": fn("mixup"), "weight": fn("effective_number")},
     "supervised, ldam": {"method": fn("supervised"), "loss": fn("ldam"), "head": fn("cosine")},
