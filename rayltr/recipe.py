@@ -91,9 +91,13 @@ def asked(options: argparse.Namespace) -> tuple[str, Stage, dict[str, Any]]:
         place = str(path.absolute()) if path.suffix == ".py" else options.recipe
         study = studies.find(place)
         chosen = preset(study, options.preset)
+        name = f"{study.name}-{chosen}"
+        if chosen in study.chains:
+            stage = study.chains[chosen]
+            return name, command.plan_of(options, place, stage).changed(stage), {}
         params = {"arm": STUDY, **study.presets[chosen]}
         plan = command.plan_of(options, place, study(FixedTrial(params)))
-        return f"{study.name}-{chosen}", plan.stage(study, params), params
+        return name, plan.stage(study, params), params
     for file in own_files(path):
         studies.find(str(file))  # its functions may be part of the recipe
     if is_run:
@@ -141,15 +145,15 @@ def recorded(run: Path, trial: str | None) -> Mapping[str, Any]:
 
 def preset(study: Study, name: str | None) -> str:
     """The name of the preset that is meant: `paper`, or a study's only one, unless one is named."""
-    if not study.presets:
+    if not study.named:
         raise ValueError(f"the study {study.name} has no presets: it defines no PAPER")
     if name is None:
-        name = "paper" if "paper" in study.presets else next(iter(study.presets))
-        if name != "paper" and len(study.presets) > 1:
-            some = ", ".join([*study.presets][:SHOWN])
-            raise ValueError(f"which --preset? {study.name} has {len(study.presets)}: {some} ... (see --list)")
-    if name not in study.presets:
-        known = nearest(name, study.presets)
+        name = "paper" if "paper" in study.named else study.named[0]
+        if name != "paper" and len(study.named) > 1:
+            some = ", ".join(study.named[:SHOWN])
+            raise ValueError(f"which --preset? {study.name} has {len(study.named)}: {some} ... (see --list)")
+    if name not in study.named:
+        known = nearest(name, study.named)
         raise ValueError(f"--preset {name}: the study {study.name} has no such preset; {known}")
     return name
 

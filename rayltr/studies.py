@@ -39,8 +39,9 @@ SHORTEST = 3
 class Study:
     """A space of chains.
 
-    control: the plain baseline, tuned like the rest.  presets: named points of the space.  published: what the
-    literature reports for a preset, by the column of the table beside the study (see `reported`).  curves: whether
+    control: the plain baseline, tuned like the rest.  presets: named points of the space.  chains: named chains that
+    lie outside it, such as a recipe for much larger images.  published: what the literature reports for either, by
+    the column of the table beside the study (see `reported`).  curves: whether
     the beginnings of its schedules rank its recipes fairly (`CURVES = True` in the file).
     """
 
@@ -48,6 +49,7 @@ class Study:
     space: Callable[[Trial], Stage]
     control: Callable[[Trial], Stage]
     presets: Mapping[str, Mapping[str, Any]]
+    chains: Mapping[str, Stage]
     published: Mapping[str, Mapping[str, str]]
     file: Path
     curves: bool = False
@@ -55,6 +57,11 @@ class Study:
     def __call__(self, trial: Trial) -> Stage:
         """The chain of a trial of either arm."""
         return self.point(trial.suggest_categorical("arm", [STUDY, CONTROL]), trial)
+
+    @property
+    def named(self) -> list[str]:
+        """Everything that --preset takes."""
+        return [*self.presets, *self.chains]
 
     def point(self, arm: str, trial: Trial) -> Stage:
         """The chain of a trial of one arm.  Raises ValueError for a space that fails there or gives no chain."""
@@ -86,7 +93,7 @@ def find(study: str) -> Study:
 
 def meant(word: str) -> str:
     """What somebody may mean by a study that does not exist."""
-    owners = [name for name in names() if word in find(name).presets]
+    owners = [name for name in names() if word in find(name).named]
     return f"it is a preset: {owners[0]} --preset {word}" if owners else catalogue.nearest(word, names())
 
 
@@ -111,11 +118,14 @@ def _study(module: ModuleType, name: str) -> Study:
     paper = getattr(module, "PAPER", {})
     if not isinstance(paper, Mapping):
         raise ValueError(f"PAPER of the study {name} is a dict of parameters, or of such dicts by name, not {paper!r}")
-    presets = paper if all(isinstance(value, Mapping) for value in paper.values()) else {"paper": paper}
+    if not all(isinstance(value, (Mapping, Stage)) for value in paper.values()):
+        paper = {"paper": paper}
+    presets = {key: value for key, value in paper.items() if isinstance(value, Mapping)}
+    chains = {key: sound(value, f"the study {name}") for key, value in paper.items() if isinstance(value, Stage)}
     control = getattr(module, "control", apart)
     assert module.__file__ is not None
     file = Path(module.__file__)
-    return Study(name, module.space, control, presets, reported(file.with_suffix(".csv")), file,
+    return Study(name, module.space, control, presets, chains, reported(file.with_suffix(".csv")), file,
                  bool(getattr(module, "CURVES", False)))  # fmt: skip
 
 
@@ -133,7 +143,7 @@ def reported(table: Path) -> dict[str, dict[str, str]]:
 
 def listing(study: Study) -> list[str]:
     """The presets of a study, one per line, with their published errors."""
-    return [f"--preset {name:26} {_cells(study.published.get(name, {}))}".rstrip() for name in study.presets]
+    return [f"--preset {name:26} {_cells(study.published.get(name, {}))}".rstrip() for name in study.named]
 
 
 def _cells(row: Mapping[str, str]) -> str:

@@ -29,6 +29,7 @@ def test_the_study_in_the_readme_is_one(tmp_path, monkeypatch):
         "docs/data.md",
         "docs/runs.md",
         "docs/bag_of_tricks.md",
+        "docs/contrastive.md",
         "docs/cluster.md",
         "docs/results.md",
     ],

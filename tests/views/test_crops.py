@@ -1,67 +1,16 @@
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import functional as pillow
 from torchvision.transforms.v2 import functional as reference
 
-from rayltr import views
-from rayltr.views import VIEWS
-
-every_view = pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-random_view = pytest.mark.parametrize("view", [v for name, v in VIEWS.items() if name != "identity"])
+from rayltr.views import VIEWS, crops, draws
+from tests.views.images import batch, from_pil, generator, kolmogorov_smirnov, levels, to_pil
 
 
-def batch(size=32, height=16, width=16, seed=0, dtype=torch.float32):
-    g = torch.Generator().manual_seed(seed)
-    return (0.05 + 0.9 * torch.rand(size, 3, height, width, generator=g, dtype=torch.float64)).to(dtype)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-@every_view
-@pytest.mark.parametrize("height, width", [(16, 16), (8, 8), (12, 20), (1, 1)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_shape_dtype_and_range_are_kept(view, height, width, dtype):
-    images = batch(height=height, width=width, dtype=dtype)
-    before = images.clone()
-    out = view(images, generator())
-    assert out.shape == images.shape and out.dtype == dtype
-    assert out.min() >= 0 and out.max() <= 1
-    assert torch.equal(images, before)
-
-
-@every_view
-def test_channels_last_is_kept_and_changes_nothing(view):
-    images = batch()
-    last = view(images.contiguous(memory_format=torch.channels_last), generator())
-    assert last.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(last, view(images, generator()))
-
-
-@random_view
-def test_the_generator_decides_everything(view):
-    runs = []
-    for noise, seed in [(1, 7), (2, 7), (1, 8)]:
-        with torch.random.fork_rng([]):
-            torch.manual_seed(noise)
-            runs.append(view(batch(), generator(seed)))
-    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
-
-
-@random_view
-def test_every_image_gets_its_own_parameters(view):
-    same = batch(size=1).expand(32, -1, -1, -1)
-    assert len(view(same, generator()).flatten(1).unique(dim=0)) > 15
-
-
-def test_identity():
-    images = batch()
-    assert torch.equal(VIEWS["identity"](images, generator()), images)
-
-
-def crops(image, pad):
+def all_crops(image, pad):
     """Every crop of an image by (top, left, mirrored), one at a time."""
     height, width = image.shape[1:]
     padded = F.pad(image, (pad,) * 4)
@@ -78,7 +27,7 @@ def test_flip_crop_gives_exactly_one_of_the_possible_crops(height, width, paddin
     out = VIEWS["flip_crop"](images, generator(), padding=padding)
     found = []
     for image, result in zip(images, out, strict=True):
-        (which,) = [key for key, crop in crops(image, pad) if torch.equal(crop, result)]
+        (which,) = [key for key, crop in all_crops(image, pad) if torch.equal(crop, result)]
         found.append(which)
     tops, lefts, mirrored = zip(*found, strict=True)
     assert set(tops) == set(lefts) == set(range(2 * pad + 1))
@@ -101,6 +50,20 @@ def test_flip_crop_without_flip_or_padding():
     assert torch.equal(VIEWS["flip_crop"](images, generator(), padding=0, flip=1.0), images.flip(3))
 
 
+@pytest.mark.parametrize("height, width", [(16, 16), (9, 14)])
+def test_flip_crop_turns_as_pillow_does(height, width):
+    images = levels(height, width)
+    drawn = generator()
+    draws.integers(0, 0, (2, 6, 1), drawn)
+    draws.uniform((6, 1), drawn)
+    angles = draws.uniform((6,), drawn, -15.0, 15.0)
+    out = VIEWS["flip_crop"](images / 255, generator(), padding=0, flip=0.0, rotation=15.0)
+    for image, result, angle in zip(images, out, angles, strict=True):
+        expected = from_pil(pillow.rotate(to_pil(image), float(angle)))
+        assert torch.equal(expected, (result * 255).round())
+    assert angles.abs().max() > 7
+
+
 @pytest.mark.parametrize("size, side", [(None, 6), (3, 3), (12, 12)])
 def test_cutout_blackens_a_square_clipped_at_the_border(size, side):
     images = batch(size=400, height=12, width=12)
@@ -117,19 +80,40 @@ def test_cutout_blackens_a_square_clipped_at_the_border(size, side):
 
 
 def boxes(batch=4000, height=32, width=32, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
-    return views._boxes(batch, height, width, scale, ratio, generator())
+    return crops.boxes(batch, height, width, scale, ratio, generator())
 
 
-@pytest.mark.parametrize("size", [None, 24, 9])
+@pytest.mark.parametrize("interpolation", [None, "bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [None, 24, 5])
 @pytest.mark.parametrize("height, width", [(16, 16), (10, 18)])
-def test_resized_crop_is_a_crop_that_is_resized(height, width, size):
+def test_resized_crop_is_a_crop_that_is_resized_with_antialiasing(height, width, size, interpolation):
     images = batch(height=height, width=width, dtype=torch.float64)
-    out = VIEWS["resized_crop"](images, generator(), size=size)
-    drawn = views._boxes(32, height, width, (0.08, 1.0), (0.75, 1.3333333333333333), generator())
+    out = VIEWS["resized_crop"](images, generator(), size=size, interpolation=interpolation)
     shape = [size, size] if size else [height, width]
-    for image, result, box in zip(images, out, drawn.T.int().tolist(), strict=True):
-        expected = reference.resized_crop(image, *box, size=shape, antialias=False)
-        torch.testing.assert_close(result, expected, atol=1e-9, rtol=0)
+    mode = pillow.InterpolationMode(interpolation or "bilinear")
+    for image, result, box in zip(images, out, boxes(32, height, width).T.int().tolist(), strict=True):
+        expected = reference.resized_crop(image, *box, size=shape, interpolation=mode, antialias=True)
+        torch.testing.assert_close(result, expected.clamp(0, 1), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_resized_crop_is_that_of_pillow_but_for_its_rounding(interpolation):
+    images = levels(40, 40)
+    out = VIEWS["resized_crop"](images / 255, generator(), size=9, interpolation=interpolation) * 255
+    mode = getattr(Image.Resampling, interpolation.upper())
+    for image, result, (top, left, tall, wide) in zip(images, out, boxes(6, 40, 40).T.tolist(), strict=True):
+        box = (left, top, left + wide, top + tall)
+        expected = from_pil(to_pil(image).crop(box).resize((9, 9), mode))
+        assert (expected - result).abs().max() <= 1.01  # rounded after the columns and again after the rows
+
+
+def test_resized_crop_mirrors_as_often_as_asked():
+    images = batch(2000, 8, 8, dtype=torch.float64)
+    plain = VIEWS["resized_crop"](images, generator())
+    found = VIEWS["resized_crop"](images, generator(), flip=0.3)
+    mirrored = (found == plain.flip(3)).all(3).all(2).all(1)
+    assert ((found == plain).all(3).all(2).all(1) | mirrored).all()
+    assert abs(int(mirrored.sum()) - 600) < 3.3 * (2000 * 0.3 * 0.7) ** 0.5
 
 
 def test_boxes_lie_inside_and_have_the_distribution_of_torchvision():
@@ -145,15 +129,16 @@ def test_boxes_lie_inside_and_have_the_distribution_of_torchvision():
     assert kolmogorov_smirnov(tall * wide, (theirs[:, 2] * theirs[:, 3]).double()) < 1.95 * (2 / 4000) ** 0.5
 
 
-def kolmogorov_smirnov(a, b):
-    at = torch.cat([a, b]).unique()
-    share = [torch.searchsorted(x.sort().values, at, right=True) / len(x) for x in (a, b)]
-    return (share[0] - share[1]).abs().max()
-
-
 @pytest.mark.parametrize("height, width", [(4, 40), (40, 4), (40, 40)])
 def test_boxes_fall_back_to_the_middle_as_torchvision_does(height, width):
     scale, ratio = (1.5, 2.0), (0.75, 4 / 3)  # never fits
     expected = RandomResizedCrop.get_params(torch.empty(3, height, width), list(scale), list(ratio))
     drawn = boxes(3, height, width, scale, ratio)
     assert drawn.T.int().tolist() == [list(expected)] * 3
+
+
+def test_what_is_misspelt_is_named():
+    with pytest.raises(ValueError, match="unknown interpolation 'cubic' of resized_crop: known: bilinear, bicubic"):
+        VIEWS["resized_crop"](batch(), generator(), interpolation="cubic")
+    with pytest.raises(ValueError, match="unknown crop 'random': known: none, padded, resized"):
+        crops.cropped(batch(), generator(), "random", 0.5)
