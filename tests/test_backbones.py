@@ -5,7 +5,7 @@ import torchvision as torchvision_library
 from torch import nn
 from torch.nn import functional as F
 
-from rayltr.backbones import BACKBONES, Normalised
+from rayltr.backbones import BACKBONES, Branched, Normalised, branched
 
 SMALL = {
     "resnet20": ({}, 32),
@@ -132,3 +132,99 @@ def test_weights_that_cannot_be_had_are_one_clear_line(name, library, function, 
     with pytest.raises(ValueError) as error:
         BACKBONES[name](model="resnet18", pretrained=True)
     assert str(error.value) == "'resnet18' cannot be made with pretrained weights here: no connection"
+
+
+def test_a_reduced_network_has_three_quarters_of_the_late_channels():
+    body = BACKBONES["resnet32"](reduced=True).eval()
+    assert body.dim == 48
+    assert [part[0].conv2.out_channels for part in body.layers().values()] == [16, 24, 48]
+    assert body(torch.rand(2, 3, 32, 32)).shape == (2, 48)
+    assert BACKBONES["resnet32"](reduced=False).dim == 64
+    with pytest.raises(ValueError, match="the width of a reduced network is a multiple of 4, not 6"):
+        BACKBONES["resnet20"](width=6, reduced=True)
+
+
+@torch.no_grad()
+def test_the_reduced_shortcut_is_centred():
+    body = BACKBONES["resnet20"](reduced=True).eval()
+    for stage, inside, out in ((4, 16, 24), (5, 24, 48)):
+        first = body.trunk[stage][0]
+        for conv in (first.conv1, first.conv2):
+            conv.weight.zero_()
+        x, side = torch.rand(1, inside, 8, 8), (out - inside) // 2
+        expected = torch.zeros(1, out, 4, 4)
+        expected[:, side : side + inside] = x[:, :, ::2, ::2]
+        torch.testing.assert_close(first(x), expected)
+
+
+@torch.no_grad()
+def test_a_reduced_network_of_torchvision():
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        body = BACKBONES["torchvision"](model="resnext50_32x4d", reduced=True).eval()
+    layers = body.layers()
+    assert body.dim == 4 * 384 and [len(part) for part in layers.values()] == [3, 4, 6, 3]
+    assert [part[-1].conv2.out_channels for part in layers.values()] == [128, 256, 384, 768]
+    assert [part[-1].conv3.out_channels for part in layers.values()] == [256, 512, 768, 1536]
+    assert body(torch.rand(1, 3, 64, 64)).shape == (1, 1536)
+    conv = layers["layer3"][1].conv1  # by fan-out, as torchvision itself
+    assert conv.weight.std().item() == pytest.approx((2 / conv.out_channels) ** 0.5, rel=0.02)
+    with pytest.raises(ValueError, match="no pretrained weights for a reduced network"):
+        BACKBONES["torchvision"](model="resnet18", pretrained=True, reduced=True)
+
+
+@every_backbone
+@pytest.mark.parametrize("own", [1, 2, 3])
+@torch.no_grad()
+def test_the_two_parts_of_a_network_are_the_network(name, own):
+    body, images = built(name)
+    expected = body(images)
+    first, last = body.split(own)
+    assert last.dim == body.dim and len(last.layers()) == own
+    assert set(map(id, body.parameters())) == {id(p) for part in (first, last) for p in part.parameters()}
+    torch.testing.assert_close(last(first.eval()(images)), expected)
+
+
+def test_a_network_that_cannot_be_cut_is_refused():
+    with pytest.raises(ValueError, match="an expert can own 1 to 3 residual stages, not 4"):
+        BACKBONES["resnet20"]().split(4)
+    with pytest.raises(ValueError, match="can own 1 to 4 residual stages, not 0"):
+        BACKBONES["torchvision"](model="resnet18").split(0)
+    for model, drop in (("vit_tiny_patch16_224", 0.0), ("resnet18", 0.1)):
+        with pytest.raises(ValueError, match="only ResNets without dropout can be shared"):
+            BACKBONES["timm"](model=model, drop=drop).split(1)
+    own = nn.Linear(3, 3)
+    own.dim = 3
+    with pytest.raises(ValueError, match="cannot be shared among experts: it has no method split"):
+        Branched([own], 2)
+
+
+def three(own):
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        bodies = [BACKBONES["resnet20"](width=4) for _ in range(3)]
+    apart = [Normalised(body, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)).eval() for body in bodies]
+    return bodies, apart, branched(apart, own).eval()
+
+
+@torch.no_grad()
+def test_experts_share_the_beginning_of_the_first_network():
+    bodies, apart, several = three(2)
+    images = torch.rand(2, 3, 8, 8)
+    found = several(images)
+    assert several.dim == 16 and found.shape == (2, 3, 16)
+    torch.testing.assert_close(found[:, 0], apart[0](images))
+    shared = bodies[0].trunk[:4](apart[0].normalised(images))
+    for number in (1, 2):
+        torch.testing.assert_close(found[:, number], bodies[number].trunk[4:](shared).mean((2, 3)))
+    assert list(several.layers()) == ["layer1"] and several.layers()["layer1"] is bodies[0].trunk[3]
+    own, whole = parameters(bodies[0].trunk[4:]), parameters(bodies[0])
+    assert parameters(several) == whole + 2 * own
+
+
+@torch.no_grad()
+def test_whole_networks_beside_each_other_share_nothing():
+    bodies, apart, several = three(None)
+    images = torch.rand(2, 3, 8, 8)
+    torch.testing.assert_close(several(images), torch.stack([one(images) for one in apart], 1))
+    assert several.layers() == {} and parameters(several) == 3 * parameters(bodies[0])

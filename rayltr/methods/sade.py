@@ -1,0 +1,132 @@
+"""Test-agnostic recognition by experts for different class frequencies: SADE (Zhang et al., NeurIPS 2022)."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from rayltr.backbones import branched
+from rayltr.experts import Heads, named
+from rayltr.interface import Batch, Parts
+from rayltr.parallel import all_sum, world
+
+EXPERTS = ("frequent", "uniform", "rare")
+"""What each of the three experts is good at, and the name of its loss."""
+
+TINY = 1e-9
+"""Added to priors before their logarithm, as published."""
+
+
+class Method(nn.Module):
+    """Three experts that share the beginning of a network; the heads are their mean `main`, `expert1` to `expert3`.
+
+    Each has a cross-entropy of its own (terms `frequent`, `uniform`, `rare`): of its logits, of its logits plus the
+    log prior, and of its logits plus the log prior minus tau times the reversed log prior (section 4.1 of the paper).
+    Without an expectation of the test data all weigh the same; `aggregated` learns weights from unlabelled images.
+
+    own: the last residual stages that each expert has for itself; tau >= 0 (published: 2, and 1 for iNaturalist).
+    Raises ValueError for a negative tau and for a backbone that cannot be shared.
+    """
+
+    own_loss = True
+    shift: Tensor
+
+    def __init__(self, parts: Parts, *, own: int = 2, tau: float = 2.0):
+        super().__init__()
+        if tau < 0:
+            raise ValueError(f"sade needs tau >= 0, not {tau}")
+        self.backbone = branched([parts.backbone() for _ in EXPERTS], own)
+        self.head = Heads(parts.head(self.backbone.dim) for _ in EXPERTS)
+        self.register_buffer("shift", shifts(parts.counts, tau).float(), persistent=False)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        losses = expertise(self.head(self.backbone(batch.views[0])), batch.target, self.shift)
+        means = losses.sum(0) * world() / all_sum(losses.new_tensor(len(losses)))
+        return dict(zip(EXPERTS, means.unbind(), strict=True))
+
+    def predict(self, images: Tensor) -> dict[str, Tensor]:
+        """Logits [B,C] by head."""
+        return named(self.head(self.backbone(images)))
+
+
+def reversed_prior(prior: Tensor) -> Tensor:
+    """The prior [C] with its ranks reversed: the most frequent class gets the smallest value, and so on.
+
+    Of equally frequent classes the first ranks lower.
+    """
+    order = prior.argsort(stable=True)
+    return torch.empty_like(prior).index_copy(0, order, prior[order.flip(0)])
+
+
+def shifts(counts: Tensor, tau: float) -> Tensor:
+    """What is added to the logits of the three experts, float64 [3, C]; a class without images counts as one image."""
+    n = counts.double().clamp(min=1)
+    prior = n / n.sum()
+    log, reverse = (prior + TINY).log(), (reversed_prior(prior) + TINY).log()
+    return torch.stack([torch.zeros_like(log), log, log - tau * reverse])
+
+
+def expertise(logits: Tensor, target: Tensor, shift: Tensor) -> Tensor:
+    """The cross-entropies [B, 3] of the experts' logits [B, 3, C], shifted by [3, C], for the target [B]."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    z = z + shift.to(z)
+    return F.cross_entropy(z.transpose(1, 2), target[:, None].expand(-1, len(shift)), reduction="none")
+
+
+def combined(logits: Tensor, weights: Tensor) -> Tensor:
+    """The weighted sum [B, C] of the experts' logits [B, E, C]; weights: [E]."""
+    return torch.einsum("bec,e->bc", logits, weights.to(logits))
+
+
+def stability(one: Tensor, other: Tensor, weights: Tensor) -> Tensor:
+    """The cosines [B] of the predictions of two views, from the experts' logits [B, E, C] and their weights [E]."""
+    first, second = (combined(logits, weights).softmax(1) for logits in (one, other))
+    return F.cosine_similarity(first, second, dim=1, eps=1e-6)
+
+
+def aggregated(
+    module: nn.Module,
+    batches: Sequence[Tensor],
+    view: Callable[[Tensor, Generator], Tensor],
+    generator: Generator,
+    *,
+    lr: float = 0.1,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    epochs: int = 5,
+    least: float = 0.05,
+) -> Tensor:
+    """Weights [E] of the experts, sum 1, under which two views of an image are predicted alike (paper, section 4.2).
+
+    module: any method with heads beside `main`.  batches: unlabelled test images, float [B,3,H,W] in [0, 1], on the
+    module's device, gone through `epochs` times (published: batches of 128 in random order).
+    view: such as `flip_crop` or `simaugment`, drawn twice for each image.  lr, momentum, weight_decay: of SGD with
+    Nesterov momentum (published: those of the training).  It ends early after an epoch in which a weight, rounded to
+    two decimals, is below `least`.  The network itself learns nothing.
+
+    `combined(logits, weights)` of the experts' logits is then the prediction for these images.
+    """
+    module.eval()
+    experts = _expert_logits(module, batches[0][:1]).shape[1]
+    free = torch.full((experts,), 1 / experts, device=batches[0].device, requires_grad=True)
+    sgd = torch.optim.SGD([free], lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
+    for _ in range(epochs):
+        for images in batches:
+            one, other = (_expert_logits(module, view(images, generator)) for _ in range(2))
+            sgd.zero_grad()
+            (-stability(one, other, free.softmax(0)).mean()).backward()
+            sgd.step()
+        if (100 * free.detach().softmax(0)).round().min() < 100 * least:
+            break
+    return free.detach().softmax(0)
+
+
+@torch.no_grad()
+def _expert_logits(module: nn.Module, images: Tensor) -> Tensor:
+    """The logits of all heads but the first, float32 [B, E, C].  Raises ValueError if there is no other."""
+    heads: Mapping[str, Tensor] = module.predict(images)  # type: ignore[operator]
+    _, *experts = heads.values()
+    if not experts:
+        raise ValueError("aggregated needs a method with experts, such as sade, ride or ncl")
+    return torch.stack(experts, 1).float()
