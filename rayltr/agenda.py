@@ -124,10 +124,10 @@ class Agenda:
         if values is not None:
             self.made.update(address for _, address, _ in job.stages)
 
-    def repeat(self, job: Job) -> None:
-        """A job that died is run once more, when nothing else runs."""
+    def repeat(self, job: Job, *, alone: bool = True) -> None:
+        """A job that died is run once more, when nothing else runs or, if it need not be `alone`, before others."""
         self.running.pop(job.trial, None)
-        self.waiting.insert(0, replace(job, again=True))
+        self.waiting.insert(0, replace(job, again=alone))
 
     def dropped(self, job: Job) -> None:
         """A job has neither ended nor will it be run again here: a resumed search proposes it once more."""

@@ -2,6 +2,8 @@
 
 On one machine the holder's process decides whether a claim stands; from another machine its last renewal does.
 Local folders decide a race by an exclusive create; elsewhere two may win in a blink, which costs work and no result.
+
+A file of the run tells its trials, on whatever machine, to store what they have and to stop.
 """
 
 import contextlib
@@ -11,6 +13,8 @@ import socket
 import threading
 import time
 import uuid
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from pyarrow import fs as arrow
@@ -20,6 +24,8 @@ from rayltr.records import put
 BEAT_S = 5.0
 EXPIRY_S = 60.0
 """A claim of another machine that was not renewed for this long belongs to nobody."""
+STOP = "stop"
+"""In the folder of a run: its trials are to stop."""
 
 
 class Claim:
@@ -111,3 +117,33 @@ def read(files: arrow.FileSystem, path: str) -> dict[str, Any] | None:
         return None
     except (ValueError, TypeError):
         return {}
+
+
+@cache
+def end_with_parent() -> None:
+    """Ends this process soon after the one that started it, which is Ray's on this machine.
+
+    A worker can outlive it, waiting for ever to report an epoch: with its claims, and with its memory on the GPU.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(BEAT_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def stop(run: str) -> None:
+    """Tells the trials of a run to stop after the epoch that they are in."""
+    with contextlib.suppress(OSError):  # a disk that takes no file takes no snapshot either, and they end by that
+        (Path(run) / STOP).touch()
+
+
+def go_on(run: str) -> None:
+    (Path(run) / STOP).unlink(missing_ok=True)
+
+
+def told_to_stop(run: str) -> bool:
+    return (Path(run) / STOP).exists()

@@ -6,6 +6,7 @@ replaced by Ray Train, and the chain goes on from the store's last snapshot.
 
 import os
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -15,18 +16,29 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.util.queue import Empty, Queue
 
 from rayltr import trial
+from rayltr.interface import Diverged
 
 POLL_S = 0.5
+BEGIN: dict[str, Any] = {}
+"""The first worker's first word."""
 
 
 def loop(config: dict[str, Any]) -> dict[str, Any] | None:
-    """What every worker runs; the first one's result is the run's."""
+    """What every worker runs; the first one's result is the run's.
+
+    What ends all workers alike is a result, too: an error would make Ray Train start them again.
+    """
     device = get_device()
     if device.type == "cuda":  # every worker sees all GPUs of its machine
         torch.cuda.set_device(device)
     first = train.get_context().get_world_rank() == 0
     report = config["queue"].put if first else ignored
-    found = trial.for_search(config["settings"], config["params"], report)
+    report(BEGIN)
+    try:
+        found = trial.for_search(config["settings"], config["name"], config["params"], report)
+    except (Diverged, InterruptedError) as error:
+        error.add_note(traceback.format_exc())  # a traceback does not travel
+        found = {"error": error}
     return found if first else None
 
 
@@ -34,7 +46,9 @@ def ignored(record: dict[str, Any]) -> None:
     pass
 
 
-def for_search(settings: Any, params: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def for_search(
+    settings: Any, name: str, params: dict[str, Any], report: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     """A trial of a search on `settings.workers` workers, as plain data.  Raises what the workers raised.
 
     Epochs are relayed through a queue of our own: Ray's `TuneReportCallback` can wait for ever when the driver is
@@ -45,7 +59,7 @@ def for_search(settings: Any, params: dict[str, Any], report: Callable[[dict[str
     each = {"CPU": settings.cpus, **({"GPU": settings.gpus} if settings.gpus else {})}
     trainer = TorchTrainer(
         loop,  # type: ignore[arg-type]
-        train_loop_config={"settings": settings, "params": params, "queue": queue},
+        train_loop_config={"settings": settings, "name": name, "params": params, "queue": queue},
         scaling_config=train.ScalingConfig(
             num_workers=settings.workers, use_gpu=settings.gpus > 0, resources_per_worker=each
         ),
@@ -55,12 +69,16 @@ def for_search(settings: Any, params: dict[str, Any], report: Callable[[dict[str
             logging_config=train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    return relayed(trainer, queue, report)
+    found = relayed(trainer, queue, report)
+    if "error" in found:
+        raise found["error"]
+    return found
 
 
 def relayed(trainer: TorchTrainer, queue: Queue, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """The value that the first worker returned; what it put into the queue meanwhile goes to `report`."""
     outcome: dict[str, Any] = {}
+    begun = 0
 
     def fit() -> None:
         try:
@@ -73,11 +91,26 @@ def relayed(trainer: TorchTrainer, queue: Queue, report: Callable[[dict[str, Any
     try:
         while fitting.is_alive() or not queue.empty():
             try:
-                report(queue.get(timeout=POLL_S))
+                record = queue.get(timeout=POLL_S)
             except Empty:
                 continue
+            begun += record == BEGIN
+            if record != BEGIN:
+                report(record)
+            elif begun > 1:
+                report({"restarted": begun - 1})
     finally:
         queue.shutdown()
     if "error" in outcome:
-        raise outcome["error"]
+        raise meant(outcome["error"]) from outcome["error"]
     return outcome["found"]
+
+
+def meant(error: Exception) -> Exception:
+    """The error of a Train run, so that one can tell what the machines did from what the recipe did."""
+    causes = getattr(error, "worker_failures", {}).values()
+    if any(hasattr(cause, "health_check_failure") for cause in causes):  # the process is gone
+        return MemoryError(f"a worker died twice (killed, or out of memory)\n{error}")
+    if any(isinstance(cause, OSError) for cause in causes):
+        return OSError(str(error))
+    return error

@@ -70,7 +70,7 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
     """The options, if their numbers and the name of the run make sense; else raises ValueError for the first."""
     for name, least in LEAST.items():
         value = getattr(options, name, None)
-        if value is not None and not value >= least:  # nan is no number either
+        if isinstance(value, (int, float)) and not value >= least:  # nan is no number either
             hint = f": did you mean {1 / value:g}?" if name == "ratio" and 0 < value < 1 else ""
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}{hint}")
     if "://" in getattr(options, "storage", ""):

@@ -4,18 +4,22 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from rayltr import records
+from rayltr import claims, records
 from rayltr.agenda import Agenda, Job
 from rayltr.boards import Boards
 from rayltr.progress import Progress
 from rayltr.proposals import Proposals, reached
 from rayltr.spec import chain, dump
 from rayltr.studies import FIDELITIES, Plan, find, rungs
+
+LOSSES = 3
+"""So many machines may be lost under a trial before it comes under suspicion."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,12 @@ class Ledger:
     """Follows every trial of a search from its beginning to its record.
 
     A trial whose process died, or that ran out of memory, is run once more when nothing else runs; one that the
-    machine interrupted (a full disk) is run once more too and, if that fails, left `open` for a resumed search.
+    machine interrupted (a full disk) is run once more too and, if that fails, left `open` for a resumed search.  One
+    that lost its machine simply goes on elsewhere.
+
+    nodes: the machines of the running trials, by Tune's identifiers; a trial that has not begun has none yet.
+    leaving: the search was told to stop, and its trials are storing what they have.  error: why no more can be
+    written, a full disk perhaps, which ends the search, but in order: what was found is kept.
     """
 
     settings: Settings
@@ -64,7 +73,10 @@ class Ledger:
     boards: Boards
     jobs: dict[str, Job] = field(default_factory=dict)
     finals: dict[str, dict[str, Any]] = field(default_factory=dict)
-    error: OSError | None = None
+    nodes: dict[str, str] = field(default_factory=dict)
+    losses: Counter[str] = field(default_factory=Counter)
+    leaving: bool = False
+    error: Exception | None = None
     open: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -73,34 +85,75 @@ class Ledger:
 
     def begin(self, trial_id: str) -> Job | None:
         """The job to run under an identifier of Tune's, or None when it has to wait or nothing is left."""
-        job = self.agenda.next()
+        try:
+            job = None if self.leaving else self.agenda.next()
+        except OSError as error:
+            self.broken(error)
+            return None
         if job is not None:
             self.jobs[trial_id] = job
         return job
 
     def heard(self, trial_id: str, result: dict[str, Any]) -> None:
         """A report of a running trial."""
+        self.nodes[trial_id] = result["node"]
         if result["final"]:
             self.finals[trial_id] = result
+            return
+        if "restarted" in result:
+            self.progress.say(f"  {result['trial']} lost a worker; its workers go on from the last snapshot")
             return
         self.agenda.moved(result["trial"], result.get("stage", 0))
         self.progress.moved(result)
         self.boards.epoch(result)
 
-    def end(self, trial_id: str, died: bool) -> None:
-        """A trial has ended, or its process has died."""
+    def leave(self) -> None:
+        """Begins nothing more, and lets the running trials store what they have."""
+        self.leaving = True
+        claims.stop(self.settings.run)
+
+    def left(self) -> bool:
+        """Whether the search was told to stop and nothing is lost if that is done now."""
+        return self.leaving and not self.jobs.keys() & self.nodes.keys()
+
+    def over(self) -> bool:
+        """Whether nothing runs, and nothing is left to do or will be begun."""
+        return self.agenda.finished() or self.leaving and not self.jobs
+
+    def end(self, trial_id: str, died: bool, lost: bool = False) -> None:
+        """A trial has ended, or its process has died, perhaps because the machine was `lost`."""
         job = self.jobs.pop(trial_id, None)
+        self.nodes.pop(trial_id, None)
         if job is None:
             return
         gone: dict[str, Any] = {"state": "memory", "error": "the process of the trial died (killed, or out of memory)"}
         result = {"started": time.time(), **(self.finals.pop(trial_id, gone) if not died else gone)}
+        try:
+            self.settled(job, result, lost)
+        except Exception as error:  # Tune would swallow it, and wait for this job for ever
+            self.agenda.dropped(job)
+            self.broken(error)
+
+    def settled(self, job: Job, result: dict[str, Any], lost: bool) -> None:
+        """Repeats a trial, leaves it open, or records it."""
+        if self.leaving and result["state"] in ("memory", "interrupted"):
+            self.open = True
+            return self.agenda.dropped(job)
+        self.losses[job.trial] += lost
+        if lost and self.losses[job.trial] <= LOSSES:
+            self.progress.say(f"  {job.trial} is run again: its machine was lost")
+            return self.agenda.repeat(job, alone=job.again)
         if result["state"] in ("memory", "interrupted") and not job.again:
             self.progress.say(f"  {job.trial} is run again, alone: {result['error']}")
             self.agenda.repeat(job)
             return
         state = "failed" if result["state"] == "memory" else result["state"]
         row = trial_row(self.settings, job, {**result, "state": state})
-        if not self.written(row, result.get("epochs", [])) or state == "interrupted":
+        records.append_epochs(self.settings.run, [{"trial": job.trial, **epoch} for epoch in result.get("epochs", [])])
+        records.append_trial(self.settings.run, row)
+        self.progress.ended(row)
+        self.boards.ended(row)
+        if state == "interrupted":
             self.open = True
             return self.agenda.dropped(job)
         found = reached(row, self.settings.objectives)
@@ -108,18 +161,11 @@ class Ledger:
         if not job.rung:
             self.proposals.tell(job.asked, found)
 
-    def written(self, row: dict[str, Any], epochs: list[dict[str, Any]]) -> bool:
-        """Records a trial.  A disk that is full ends the search, but in order: what was found is kept."""
-        try:
-            records.append_epochs(self.settings.run, [{"trial": row["trial"], **epoch} for epoch in epochs])
-            records.append_trial(self.settings.run, row)
-        except OSError as error:
-            self.error = error
+    def broken(self, error: Exception) -> None:
+        """Ends the search, as an interrupt would, when no more can be written."""
+        self.error = error
+        if not self.leaving:
             os.kill(os.getpid(), signal.SIGINT)
-            return False
-        self.progress.ended(row)
-        self.boards.ended(row)
-        return True
 
 
 def trial_row(settings: Settings, job: Job, result: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Knows nothing of trials but what they need, and nothing of Ray Tune.
 
 import logging
 import os
+import socket
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from ray._private import ray_constants
 DRIVER = "trial_driver"
 """The custom resource that trials of several workers run on, where the cluster has it (see cluster.yaml)."""
 OWN_CPU = 0.01
+PROBE = -2.0
+"""Stands for the share of a GPU that a trial is measured to need."""
 USABLE = 90
 """Percent of a GPU's memory that trials may fill together: the rest is for contexts, fragments and other peaks."""
 
@@ -24,6 +27,9 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # the search has its own: trials store what they have
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_GLOBAL_CHECKPOINT_S": "inf",  # Tune's state of the search is never read
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -45,6 +51,7 @@ def connect(address: str | None, dashboard: bool) -> str:
     os.environ |= ENVIRONMENT
     context = joined(address) if address else started(dashboard)
     logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what becomes of a trial is told by the search itself
     return context.dashboard_url or ""
 
 
@@ -64,8 +71,8 @@ def started(dashboard: bool) -> Any:
     return ray.init(address="local", include_dashboard=dashboard, resources={DRIVER: 1000}, **QUIET)
 
 
-def fitted(cpus: int, gpus: float, workers: int, concurrent: int, growing: int = 0) -> tuple[float, int]:
-    """(GPUs of each worker, trials at once).  Raises `Shortage`, with the numbers, when not a single trial fits.
+def fitted(cpus: int, gpus: float, workers: int, concurrent: int, growing: int = 0) -> tuple[float, int, int]:
+    """(GPUs of each worker, trials at once, those that fit now).  Raises `Shortage`, with the numbers, if none fits.
 
     cpus, gpus: of each of the `workers` processes of a trial; gpus < 0: one where the cluster has GPUs, else none.
     concurrent: trials at once that were asked for, 0 for as many as fit.
@@ -88,7 +95,26 @@ def fitted(cpus: int, gpus: float, workers: int, concurrent: int, growing: int =
     most = max(fits, growing)
     if concurrent > most:
         raise Shortage(f"{concurrent} trials at once do not fit: the cluster has room for {most}")
-    return each, concurrent or most
+    return each, concurrent or most, fits
+
+
+def gone(node: str) -> bool:
+    """Whether a machine of the cluster, by its Ray identifier, is no longer there.
+
+    Ray needs many seconds to miss one, while its processes are known to be dead at once; so the machine is asked.
+    """
+    for own in ray.nodes():
+        if own["NodeID"] == node and own["Alive"]:
+            return not answers(own["NodeManagerAddress"], own["NodeManagerPort"])
+    return True
+
+
+def answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def needed(have: Mapping[str, float], one: Mapping[str, float], workers: int) -> dict[str, float]:

@@ -92,7 +92,8 @@ def outcome(row: Mapping[str, Any]) -> str:
         return f"{row['state']}: {(row['error'] or 'no reason given').strip().splitlines()[-1]}"
     balanced, many, medium, few, nll = cells(row)
     cost = f"{row['epochs_trained']} of {row['epochs_asked']} epochs trained, {row['wall_s']:.1f} s"
-    return f"balanced {balanced} %, many {many}, medium {medium}, few {few}, NLL {nll}; {cost}; {described(row)}"
+    scores = f"balanced {balanced} %, many {many}, medium {medium}, few {few}, NLL {nll}"
+    return "; ".join(filter(None, (scores, cost, described(row))))
 
 
 def described(row: Mapping[str, Any]) -> str:

@@ -66,13 +66,18 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--resume", action="store_true", help="go on with a run that was interrupted, or add trials")
     group.add_argument("--concurrent", type=int, default=0, metavar="N", help="trials at once (default: what fits)")
     group.add_argument("--cpus-per-trial", type=int, default=1, metavar="N", help="and as many threads (default 1)")
-    group.add_argument("--gpus-per-trial", type=float, metavar="G",
-                       help="may be a fraction (default 1 where there are GPUs)")  # fmt: skip
+    group.add_argument("--gpus-per-trial", type=gpus, metavar="G|auto",
+                       help="may be a fraction, auto: as measured (default 1 where there are GPUs)")  # fmt: skip
     group.add_argument("--workers", type=int, default=1, metavar="W", help="processes per trial, by Ray Train")
     group.add_argument("--address", metavar="auto|HOST:PORT", help="an existing Ray cluster (default: this machine)")
     group.add_argument("--no-dashboard", action="store_true", help="start without Ray's dashboard")
     group.add_argument("--snapshot-seconds", type=float, default=10.0, metavar="S", help="what a crash may cost")
     return made
+
+
+def gpus(text: str) -> float | str:
+    """The number of GPUs, or "auto"."""
+    return text if text == "auto" else float(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,9 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return FAILED if finished(run, progress, before) else 0
     more = [*(() if options.resume else ("--resume",)), *(() if options.name else ("--name", run.name))]
     again = command.typed("rayltr.search", more, arguments)
-    progress.say(
-        f"interrupted; each running trial loses {options.snapshot_seconds:g} s at most. Go on with:\n  {again}"
-    )
+    progress.say(f"interrupted; what was trained is kept. Go on with:\n  {again}")
     return INTERRUPTED
 
 
@@ -213,7 +216,7 @@ def searched(run: Path, new: bool, options: Any, plan: Plan, aims: tuple[str, ..
         fidelity=options.fidelity, start=presets(options), warm=tuple(options.warm_start),
         ahead=AHEAD * options.prefer_stored,
         workers=options.workers, cpus=options.cpus_per_trial,
-        gpus=-1.0 if options.gpus_per_trial is None else options.gpus_per_trial,
+        gpus={None: -1.0, "auto": tuning.PROBE}.get(options.gpus_per_trial, options.gpus_per_trial),
         concurrent=options.concurrent, address=options.address, dashboard=not options.no_dashboard,
         snapshot_s=options.snapshot_seconds,
     )  # fmt: skip

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Store:
-    """Artifacts under a folder: a local one or a URI `pyarrow.fs` knows.  Raises ValueError if it cannot be written."""
+    """Artifacts under a folder: a local one or a URI `pyarrow.fs` knows.  Raises OSError if it cannot be written."""
 
     def __init__(self, root: str | os.PathLike):
         self.files, self.root = filesystem(root)
@@ -35,7 +35,7 @@ class Store:
             put(self.files, probe, b"")
             self.files.delete_file(probe)
         except OSError as error:
-            raise ValueError(f"the storage {root} cannot be written: {error}") from error
+            raise OSError(f"the storage {root} cannot be written: {error}") from error
 
     def path(self, stage: Stage, suffix: str) -> str:
         """The path of a file that belongs to a stage at its end, below the store's root."""

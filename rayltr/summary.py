@@ -1,6 +1,7 @@
 """The end of a search: best.json, what was saved, the best configurations and the front as text, the report."""
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -9,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from analysis import fidelity
 from analysis.load import load
 from analysis.pareto import front
 from rayltr import records
-from rayltr.choice import best, rung_of, score, share
+from rayltr.choice import best, score
 from rayltr.progress import Progress, described
 
 HEADS = ("balanced", "many", "medium", "few")
@@ -25,8 +27,10 @@ def finished(run: Path, progress: Progress, before: int) -> int:
     chosen = best(rows)
     records.save(run / "best.json", json.dumps({name: kept(row) for name, row in chosen.items()}, indent=1).encode())
     progress.say(effort(rows, before, run))
-    if rungs := agreement(rows):
-        records.write_run(run, {**records.read_run(run), "rungs": rungs})
+    rungs = [one for one in fidelity.agreement(rows) if one.family is None and not math.isnan(one.tau)]
+    if rungs:
+        said = [{"from": one.low, "to": one.high, "recipes": one.recipes, "kendall": one.tau} for one in rungs]
+        records.write_run(run, {**records.read_run(run), "rungs": said})
         progress.say("\n".join(map(agreed, rungs)))
     if chosen:
         progress.say(f"\n{table(chosen)}\n\n{front_table(run)}\n")
@@ -50,50 +54,17 @@ def kept(row: Mapping[str, Any]) -> dict[str, Any]:
 def effort(rows: Sequence[Mapping[str, Any]], before: int, run: Path) -> str:
     if before == len(rows):
         return f"nothing to train: all {len(rows)} trials of this search are stored in {run}"
-    new = [row for row in rows[before:] if row["state"] == "complete"]
-    asked, trained, resumed = (
-        sum(row[f"epochs_{kind}"] or 0 for row in new) for kind in ("asked", "trained", "resumed")
-    )
-    longest = {row["number"]: row for row in sorted(new, key=share)}
-    early = sum(round(row["epochs_asked"] / share(row)) - row["epochs_asked"] for row in longest.values())
+    done = fidelity.effort(rows[before:])
     return (
-        f"{asked} epochs asked, {trained} trained; saved: {asked - trained - resumed} by sharing stages, "
-        f"{resumed} by resuming, {early} by training only the best in full"
+        f"{done.asked} epochs asked, {done.trained} trained; saved: {done.shared} by sharing stages, "
+        f"{done.resumed} by resuming, {done.early} by training only the best in full"
     )
 
 
-def agreement(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """How the objective of each rung ranks the recipes that were promoted, against the next: Spearman's correlation.
-
-    Only the best of a rung are promoted, so this is lower than it would be over all recipes.
-    """
-    by_rung: dict[int, dict[int, Mapping[str, Any]]] = {}
-    for row in rows:
-        if row["state"] == "complete" and row["objective"] is not None:
-            by_rung.setdefault(rung_of(row), {})[row["number"]] = row
-    found = []
-    for rung in sorted(by_rung)[:-1]:
-        low, high = by_rung[rung], by_rung[rung + 1]
-        pairs = np.array(
-            [(low[number]["objective"], row["objective"]) for number, row in high.items() if number in low]
-        )
-        if len(pairs) > 2:
-            one, other = (share(row) for row in (next(iter(low.values())), next(iter(high.values()))))
-            ranks = pairs.argsort(0).argsort(0)
-            found.append(
-                {
-                    "from": one,
-                    "to": other,
-                    "recipes": len(pairs),
-                    "spearman": float(np.asarray(np.corrcoef(ranks.T))[0, 1]),
-                }
-            )
-    return found
-
-
-def agreed(rung: Mapping[str, Any]) -> str:
-    return (f"rank correlation of {rung['recipes']} promoted recipes at {rung['from']:.2g} and {rung['to']:.2g} of the "
-            f"full length: {rung['spearman']:.2f}")  # fmt: skip
+def agreed(rung: fidelity.Agreement) -> str:
+    lengths = f"{rung.low:.2g} and {rung.high:.2g} of the full length"
+    warning = "; low: the short schedules ranked badly, more --epochs or --fidelity none may find better" * rung.poor
+    return f"rank correlation of {rung.recipes} promoted recipes at {lengths}: {rung.tau:.2f} (Kendall){warning}"
 
 
 def table(chosen: Mapping[str, Mapping[str, Any]]) -> str:

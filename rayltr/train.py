@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from rayltr import build
 from rayltr.catalogue import complete
 from rayltr.data import Data, Split, load
 from rayltr.interface import Batch, Diverged, Facts, Resources, State
-from rayltr.parallel import agreed, all_sum, rank, synchronised, world
+from rayltr.parallel import all_sum, rank, synchronised, world
 from rayltr.spec import Stage, end, start
 
 AHEAD = 4
@@ -43,12 +44,13 @@ def train(
     begun: State | None = None,
     resources: Resources | None = None,
     on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
-    on_snapshot: Callable[[State], None] = lambda state: None,
+    on_snapshot: Callable[[Callable[[], State]], None] = lambda make: None,
     splits: Iterable[str] = ("val",),
 ) -> tuple[State, dict[str, dict[str, np.ndarray]]]:
     """Trains a stage to its end and predicts.
 
     parents: finished states by role (resume, init, teacher).  begun: a snapshot of this very stage to go on from.
+    on_snapshot is called after every epoch but the last, with a function that makes the state if it is to be kept.
     Returns the final state and, for each split asked for, float32 logits [N,C] by head.  Raises `Diverged` when the
     loss is no finite number, and ValueError when a stage or a hand-over of weights cannot be.
     """
@@ -60,12 +62,10 @@ def train(
     state = begun or parents.get("resume") or State({}, {}, start(stage))
     history = list(begun.history) if begun else []
     run = epochs(stage, data, module, optimiser, state.epoch, device)
-    saved = time.monotonic()
     for record in run:
         history.append(record)
-        if agreed(time.monotonic() - saved > resources.snapshot_s) and record["epoch"] < end(stage):
-            on_snapshot(snapshot(module, optimiser, record["epoch"], history))
-            saved = time.monotonic()
+        if record["epoch"] < end(stage):
+            on_snapshot(partial(snapshot, module, optimiser, record["epoch"], history))
         on_epoch(record)
     logits = {split: predict(module, getattr(data, split), device, stage.precision) for split in splits}
     return snapshot(module, optimiser, end(stage), history), logits

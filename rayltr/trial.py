@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from rayltr.catalogue import complete
+from rayltr.claims import end_with_parent, told_to_stop
 from rayltr.data import Data, Split, load
 from rayltr.evaluate import evaluate, tested
 from rayltr.interface import Resources, State
 from rayltr.parallel import agreed, barrier, rank
 from rayltr.records import read_predictions, write_predictions
-from rayltr.spec import Fn, Stage, chain, digest, end, fn, mapped, parents, parse, start
+from rayltr.spec import Fn, Stage, chain, digest, end, fn, mapped, parents, parse
 from rayltr.store import Store
 from rayltr.studies import find
 from rayltr.train import assembled, facts, predict, train
@@ -28,7 +29,7 @@ class Result:
     """What a trial found and what it cost.
 
     metrics: validation metrics by name, and `cost_s`, the seconds that training the whole chain takes.  asked: epochs
-    of the chain; trained: those trained here; resumed: those that an interrupted attempt had trained.
+    of the chain; trained: those trained here; resumed: those that interrupted attempts at this trial had trained.
     predictions: path of the validation predictions.  epochs: rows for the epoch records.
     """
 
@@ -49,7 +50,11 @@ def identified(stage: Stage, content: Callable[[Fn], str]) -> Stage:
 
 
 class Trial:
-    """One chain, one store.  Under several workers each of them runs the same trial; only the first one writes."""
+    """One chain, one store.  Under several workers each of them runs the same trial; only the first one writes.
+
+    name: by which the store remembers who trained an epoch.  leave: whether to stop after the epoch that is being
+    trained: its end is stored then, and `InterruptedError` is raised.
+    """
 
     def __init__(
         self,
@@ -58,11 +63,13 @@ class Trial:
         *,
         resources: Resources | None = None,
         report: Callable[[dict[str, Any]], None] = lambda record: None,
+        name: str = "",
+        leave: Callable[[], bool] = lambda: False,
     ):
-        self.stage, self.store = complete(stage), store
-        self.resources, self.report = resources or Resources(), report
+        self.stage, self.store, self.name = complete(stage), store, name
+        self.resources, self.report, self.leave = resources or Resources(), report, leave
         self.sources: dict[Fn, Data] = {}
-        self.trained, self.resumed, self.names = 0, 0, {}
+        self.trained, self.names, self.leaving, self.saved = 0, {}, False, time.monotonic()
         for own in chain(self.stage):
             self.names[own] = identified(own, lambda source: self.data(source).digest)
 
@@ -79,6 +86,7 @@ class Trial:
             claim = self.store.claim(self.names[stage]) if rank() == 0 else None
             if agreed(claim is not None):
                 break
+            self._ask()
             time.sleep(WAIT_S)
         try:
             return self._make(stage)
@@ -94,11 +102,11 @@ class Trial:
         begun = self._stored(stage)
         if begun and begun.epoch == end(stage):
             return begun
-        if begun and rank() == 0 and self.store.epochs(self.names[stage])[0][1]:
-            self.resumed += begun.epoch - start(stage)
         given = {
             role: self.obtain(parent) for role, parent in parents(stage).items() if begun is None or role == "teacher"
         }
+        self._ask()
+        self.saved = time.monotonic()
         state, _ = train(
             stage,
             given,
@@ -106,7 +114,7 @@ class Trial:
             begun=begun,
             resources=self.resources,
             on_epoch=lambda record: self._epoch(stage, record),
-            on_snapshot=lambda snap: self._put(stage, snap, partial=True),
+            on_snapshot=lambda make: self._snapshot(stage, make),
             splits=(),
         )
         self._put(stage, state)
@@ -116,8 +124,24 @@ class Trial:
         self.trained += 1
         position = chain(self.stage).index(stage)
         self.report({**record, "stage": position, "of_epochs": end(stage), "trained": self.trained})
+        if self.leaving:
+            raise InterruptedError(f"told to stop; stored after epoch {record['epoch']}")
+
+    def _ask(self) -> None:
+        """Raises InterruptedError when the trial is to stop."""
+        if agreed(self.leave()):
+            raise InterruptedError("told to stop")
+
+    def _snapshot(self, stage: Stage, make: Callable[[], State]) -> None:
+        """Stores a state on the way, if one is due or will be the last."""
+        self.leaving = agreed(self.leave())
+        if self.leaving or agreed(time.monotonic() - self.saved > self.resources.snapshot_s):
+            self._put(stage, make(), partial=True)
+            self.saved = time.monotonic()
 
     def _put(self, stage: Stage, state: State, *, partial: bool = False) -> None:
+        for record in state.history:
+            record.setdefault("trial", self.name)
         if rank() == 0:
             self.store.put(self.names[stage], state, partial=partial)
         barrier()
@@ -162,7 +186,7 @@ class Trial:
             metrics={**evaluate(found.logits, found.target, np.asarray(found.counts)), "cost_s": self.cost()},
             asked=asked,
             trained=self.trained,
-            resumed=self.resumed,
+            resumed=self.before() - self.trained,
             wall_s=time.monotonic() - began,
             predictions=path,
             epochs=self._rows(),
@@ -171,6 +195,11 @@ class Trial:
     def cost(self) -> float:
         """The seconds that the epochs of the chain took, whoever trained them."""
         return sum(record["wall_s"] for own in chain(self.stage) for record in self.store.history(self.names[own]))
+
+    def before(self) -> int:
+        """The epochs of the chain that attempts at this trial have trained."""
+        records = (record for own in chain(self.stage) for record in self.store.history(self.names[own]))
+        return sum(record.get("trial") == self.name for record in records)
 
     def test(self) -> tuple[str, dict[str, float]]:
         """Opens the test split: the path of the predictions and their metrics, corrected as validation says."""
@@ -208,11 +237,19 @@ def run(
     return Trial(stage, store, resources=resources, report=report).run()
 
 
-def for_search(settings: Any, params: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def for_search(
+    settings: Any, name: str, params: dict[str, Any], report: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     """A trial of a search as plain data: the `Result` with its paths relative to the run.  `settings`: the search's."""
-    stage = settings.plan.stage(find(settings.plan.study), params)
-    resources = Resources(threads=settings.cpus, snapshot_s=settings.snapshot_s)
-    found = run(stage, Store(f"{settings.run}/store"), resources=resources, report=report)
+    end_with_parent()
+    found = Trial(
+        settings.plan.stage(find(settings.plan.study), params),
+        Store(f"{settings.run}/store"),
+        resources=Resources(threads=settings.cpus, snapshot_s=settings.snapshot_s),
+        report=report,
+        name=name,
+        leave=lambda: told_to_stop(settings.run),
+    ).run()
     return {**vars(found), "predictions": inside(found.predictions)}
 
 

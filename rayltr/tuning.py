@@ -1,12 +1,15 @@
 """The search itself: the agenda says what to run, Ray Tune runs it, the records keep it, Optuna is told.
 
 What survives a crash is ours, not Tune's: the Optuna journal (what was proposed), the records (what was found) and the
-store (what was trained).  A resumed search is a new Tune run over what is left to do.
+store (what was trained).  A resumed search is a new Tune run over what is left to do.  So is one that was interrupted:
+told once, it waits until the running trials have stored the epoch that they are in; told twice, it ends at once.
 """
 
+import atexit
 import os
 import shutil
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -20,11 +23,12 @@ import ray
 from ray import tune
 from ray.tune.search import Searcher
 
-from rayltr import records, sampling
+from rayltr import claims, records, sampling
 from rayltr.boards import Boards
 from rayltr.choice import best
+from rayltr.command import INTERRUPTED
 from rayltr.ledger import Ledger, Settings
-from rayltr.machines import DRIVER, OWN_CPU, Shortage, connect, fitted
+from rayltr.machines import DRIVER, OWN_CPU, PROBE, Shortage, connect, fitted, gone, share_of_gpu
 from rayltr.progress import Progress
 from rayltr.proposals import Proposals, ended
 from rayltr.studies import find, jobs, rungs
@@ -37,16 +41,16 @@ def run_trial(config: dict[str, Any], settings: Settings) -> None:
 
     Never raises for what goes wrong inside the trial: the error is the trial's result.
     """
-    facts = {"trial": config["trial"], "final": 0, "started": time.time()}
+    node = ray.get_runtime_context().get_node_id()
+    facts = {"trial": config["trial"], "final": 0, "started": time.time(), "node": node}
     tune.report(facts)
     try:
         if config["broken"]:
             raise ValueError(config["broken"])
         # torch belongs in the actor: importing it in the driver would delay every start by seconds
         place = import_module("rayltr.cluster" if settings.workers > 1 else "rayltr.trial")
-        found = place.for_search(
-            settings.at(config["rung"]), config["params"], lambda record: tune.report({**facts, **record})
-        )
+        report = lambda record: tune.report({**facts, **record})  # noqa: E731
+        found = place.for_search(settings.at(config["rung"]), config["trial"], config["params"], report)
     except Exception as error:
         what = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
         tune.report({**facts, "final": 1, "state": verdict(error), **what})
@@ -71,17 +75,31 @@ class Agent(Searcher):
     def suggest(self, trial_id: str) -> Any:
         job = self.ledger.begin(trial_id)
         if job is None:
-            return Searcher.FINISHED if self.ledger.agenda.finished() else None
+            return Searcher.FINISHED if self.ledger.over() else None
         return {"trial": job.trial, "rung": job.rung, "params": job.params, "broken": job.broken}
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        self.ledger.end(trial_id, died=error)
+        node = self.ledger.nodes.get(trial_id)
+        self.ledger.end(trial_id, died=error, lost=error and node is not None and gone(node))
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: see the ledger."""
 
     def restore(self, checkpoint_path: str) -> None:
         raise NotImplementedError("a search is resumed from its records")
+
+
+class Leaving(tune.Stopper):
+    """The ledger as Tune sees what may end a whole search."""
+
+    def __init__(self, ledger: Ledger):
+        self.ledger = ledger
+
+    def __call__(self, trial_id: str, result: dict) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self.ledger.left()
 
 
 class Listener(tune.Callback):
@@ -97,11 +115,27 @@ class Listener(tune.Callback):
 def search(settings: Settings, progress: Progress) -> bool:
     """Runs what is left of a search, then opens the test split once for what it would ship.
 
-    Returns whether all its trials ended; records and store hold what was found.  Raises `Shortage` when the machines
-    cannot hold a single trial.
+    Returns whether it came to its end or was interrupted; records and store hold what was found.  Raises `Shortage`
+    when the machines cannot hold a single trial.
     """
+    try:
+        return searched(settings, progress)
+    except KeyboardInterrupt:
+        atexit.register(at_once)  # what is registered last is called first
+        return False
+
+
+def at_once() -> None:
+    """Ends without Ray's farewell, which takes seconds, or minutes where Ray is gone; its processes end with this."""
+    sys.stdout.flush()
+    os._exit(INTERRUPTED)
+
+
+def searched(settings: Settings, progress: Progress) -> bool:
+    """`search`, which may be interrupted."""
     seed, designed = settings.plan.seed or 0, sampling.designed(settings.trials)
     space = find(settings.plan.study)
+    mend(Path(settings.run) / "optuna.journal")
     proposals = Proposals(
         settings.run,
         rungs(settings.plan, settings.fidelity),
@@ -117,24 +151,75 @@ def search(settings: Settings, progress: Progress) -> bool:
         return True
     if dashboard := connect(settings.address, settings.dashboard):
         progress.say(f"Ray dashboard: http://{dashboard} (if it asks for a token: ray get-auth-token)")
-    gpus, concurrent = fitted(settings.cpus, settings.gpus, settings.workers, settings.concurrent)
+    if settings.gpus == PROBE:
+        settings = replace(settings, gpus=measured(settings, progress))
+    growing = settings.concurrent if settings.address else 0
+    gpus, concurrent, now = fitted(settings.cpus, settings.gpus, settings.workers, settings.concurrent, growing)
+    if not now:
+        progress.say("no machine of the cluster holds a trial yet; waiting for it to grow (if it cannot: Ctrl-C)")
     settings = replace(settings, gpus=gpus, concurrent=concurrent)
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))  # Tune saves and returns on SIGINT
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     if not agenda.finished():
         ledger = Ledger(settings, proposals, agenda, progress, Boards(settings.run))
         progress.begin(jobs(settings.trials, settings.fidelity) - len(ended(settings.run)), concurrent)
+        claims.go_on(settings.run)
+        signal.signal(signal.SIGINT, lambda *_: leave(ledger, progress))
         try:
             tuner(settings, ledger).fit()
         finally:
+            signal.signal(signal.SIGINT, (lambda *_: at_once()) if ledger.leaving else signal.default_int_handler)
             progress.close()
             ledger.boards.close()
+            claims.go_on(settings.run)
         if ledger.error:
-            raise ledger.error
-        if ledger.open or not agenda.finished():
+            if not isinstance(ledger.error, OSError):
+                raise ledger.error
+            progress.say(f"the run cannot be written: {ledger.error}")
+        if ledger.error or ledger.open or not agenda.finished():
             return False
     unseal(settings, progress)
     shutil.rmtree(Path(settings.run) / "ray", ignore_errors=True)
     return True
+
+
+def measured(settings: Settings, progress: Progress) -> float:
+    """The share of a GPU that a trial needs: all that it can have where a look at its memory fails; -1 without GPUs."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    if not machines or settings.workers > 1:
+        return -1.0
+    try:
+        peak, total = ray.get(ray.remote(num_cpus=settings.cpus, num_gpus=1)(probed).remote(settings))
+    except Exception as error:  # it is the trials that must say what is wrong with a recipe
+        progress.say(f"the memory of a trial cannot be measured: {str(error).strip().splitlines()[-1]}")
+        return 1.0
+    cpus = min(int(have["CPU"] / have["GPU"]) // settings.cpus for have in machines)
+    share = share_of_gpu(peak, total, max(cpus, 1))
+    used = f"{peak / 2**30:.1f} of {total / 2**30:.0f} GiB"
+    progress.say(f"a trial takes up to {used} of a GPU: {round(1 / share)} trials share one")
+    return share
+
+
+def probed(settings: Settings) -> tuple[int, int]:
+    """Runs where a GPU is; see `rayltr.rehearsal.peak`."""
+    return import_module("rayltr.rehearsal").peak(settings)  # torch stays out of the driver
+
+
+def mend(journal: Path) -> None:
+    """Takes from Optuna's journal what a crash may have left: half a line at its end, and its lock.
+
+    Optuna would wait for the lock, and write on behind the half line, so that nothing could be read any more.
+    """
+    if journal.exists():
+        body = journal.read_bytes()
+        os.truncate(journal, body.rfind(b"\n") + 1)
+    Path(f"{journal}.lock").unlink(missing_ok=True)
+
+
+def leave(ledger: Ledger, progress: Progress) -> None:
+    """What the first interrupt does."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    ledger.leave()
+    progress.say("stopping: running trials finish and store their epoch (again: stop at once)")
 
 
 def same(run: str) -> Callable[[dict[str, Any]], bool]:
@@ -196,6 +281,7 @@ def tuner(settings: Settings, ledger: Ledger) -> tune.Tuner:
             storage_path=settings.run,
             verbose=0,
             callbacks=[Listener(ledger)],
+            stop=Leaving(ledger),
             failure_config=tune.FailureConfig(max_failures=0),  # a trial that dies is repeated by the agenda
         ),
     )

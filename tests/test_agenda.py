@@ -87,6 +87,13 @@ def test_a_trial_that_died_is_repeated_alone():
     assert made.next().number == 3
 
 
+def test_a_trial_that_lost_its_machine_is_repeated_beside_others():
+    made = agenda([single(n) for n in range(3)])
+    first, _ = made.next(), made.next()
+    made.repeat(first, alone=False)
+    assert [(job.number, job.again) for job in (made.next(), made.next())] == [(0, False), (2, False)]
+
+
 @pytest.mark.parametrize("concurrent", [1, 3])
 def test_the_best_of_each_block_is_promoted(concurrent):
     arms = {n: "control" for n in range(0, 20, 5)}

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from rayltr import catalogue, records, sampling
-from rayltr.ledger import Ledger, Settings
+from rayltr.claims import go_on, told_to_stop
+from rayltr.ledger import LOSSES, Ledger, Settings
 from rayltr.proposals import Proposals
 from rayltr.studies import Plan, rungs
 
@@ -19,9 +20,9 @@ def control(trial):
     return Stage(source=fn("synthetic", classes=4), epochs=27)
 """
 GOOD = {"final": 1, "state": "complete", "metrics": {"fitted_nll": 0.5}, "trained": 27, "resumed": 0, "started": 0.0,
-        "epochs": []}  # fmt: skip
-FULL_DISK = {"final": 1, "state": "interrupted", "error": "OSError: no space", "started": 0.0}
-FAILED = {"final": 1, "state": "failed", "error": "ValueError: no", "traceback": "Traceback ...", "started": 0.0}
+        "epochs": [], "node": "n"}  # fmt: skip
+FULL_DISK = {"final": 1, "state": "interrupted", "error": "OSError: no space", "started": 0.0, "node": "n"}
+FAILED = {**FULL_DISK, "state": "failed", "error": "ValueError: no", "traceback": "Traceback ..."}
 
 
 @pytest.fixture
@@ -70,6 +71,71 @@ def test_a_process_that_dies_is_given_a_second_chance_alone_and_no_third(ledger)
     ledger.end("b", died=True)
     row = rows(ledger)["0000"]
     assert (row["state"], row["again"]) == ("failed", True) and "process of the trial died" in row["error"]
+
+
+def test_a_lost_machine_is_no_fault_of_its_trial_until_it_is_one_too_many(ledger):
+    """It is run again beside the others; a trial that takes machine after machine down is run alone in the end."""
+    for time in range(LOSSES):
+        job = ledger.begin(f"a{time}")
+        assert (job.number, job.again) == (0, False)
+        ledger.end(f"a{time}", died=True, lost=True)
+        assert f"  {job.trial} is run again: its machine was lost" in ledger.said
+    ledger.begin("b")
+    assert ledger.begin("c").number == 1, "others run beside it"
+    over(ledger, "c", GOOD)
+    ledger.end("b", died=True, lost=True)
+    again = ledger.begin("d")
+    assert (again.number, again.again) == (0, True)
+    ledger.end("d", died=True, lost=True)
+    assert rows(ledger)["0000"]["state"] == "failed"
+
+
+def begun(ledger, trial_id):
+    job = ledger.begin(trial_id)
+    ledger.heard(trial_id, {"final": 0, "trial": job.trial, "node": "n"})
+    return job
+
+
+def test_a_search_that_is_told_to_stop_waits_for_what_has_begun_and_records_nothing_of_it(ledger):
+    run = ledger.settings.run
+    begun(ledger, "a")
+    ledger.begin("b")
+    assert not (ledger.left() or ledger.over() or told_to_stop(run))
+    ledger.leave()
+    assert told_to_stop(run) and ledger.begin("c") is None
+    assert not ledger.left(), "the first trial has begun, and has something to store"
+    over(ledger, "a", {**FULL_DISK, "error": "InterruptedError: told to stop"})
+    assert ledger.left() and not ledger.over(), "the second only waits for a machine"
+    ledger.end("b", died=True)
+    assert ledger.over() and ledger.open and not rows(ledger)
+    go_on(run)
+    assert not told_to_stop(run)
+
+
+def test_what_ends_while_the_search_is_left_counts(ledger):
+    job = begun(ledger, "a")
+    ledger.leave()
+    over(ledger, "a", {**GOOD, "trial": job.trial})
+    assert ledger.over() and set(rows(ledger)) == {"0000"} and not ledger.agenda.finished()
+
+
+def full(*arguments):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("where", ["append_epochs", "append_trial", "tell", "propose"])
+def test_a_disk_that_takes_no_record_ends_the_search_and_not_a_trial(ledger, monkeypatch, where):
+    """Whatever cannot be written; nothing waits for ever, and nothing is lost that was."""
+    interrupted = []
+    monkeypatch.setattr("os.kill", lambda *arguments: interrupted.append(arguments) or ledger.leave())
+    job = begun(ledger, "a")
+    owner = {"tell": ledger.proposals, "propose": ledger.agenda}.get(where, records)
+    monkeypatch.setattr(owner, where, full)
+    if where == "propose":
+        assert ledger.begin("b") is None
+    over(ledger, "a", {**GOOD, "trial": job.trial})
+    assert len(interrupted) == 1 and ledger.error.errno == 28 and ledger.over() and ledger.begin("c") is None
+    assert set(rows(ledger)) == ({"0000"} if where in ("tell", "propose") else set())
 
 
 def test_a_full_disk_leaves_the_trial_open_and_ends_the_search(ledger):

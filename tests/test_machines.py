@@ -14,7 +14,7 @@ from ray._private import ray_constants
 from ray.cluster_utils import Cluster
 from torch import distributed
 
-from rayltr.machines import DRIVER, Shortage, connect, fitted, share_of_gpu
+from rayltr.machines import DRIVER, Shortage, connect, fitted, gone, share_of_gpu
 
 psutil = import_module("psutil")  # Ray brings a copy along, which is found once Ray is imported
 
@@ -139,7 +139,7 @@ def on(monkeypatch, *machines, dead=()):
 def test_what_fits(monkeypatch, machines, asked, expected):
     """Worked out by hand; a machine that is gone counts for nothing."""
     on(monkeypatch, *machines, dead=[LARGE])
-    assert fitted(*asked) == expected
+    assert fitted(*asked)[:2] == expected
 
 
 @pytest.mark.parametrize(
@@ -165,14 +165,27 @@ def test_what_does_not_fit_is_refused_with_the_numbers(monkeypatch, machines, as
 def test_a_cluster_that_grows_is_waited_for(monkeypatch):
     """It may have no machine at all yet; what it has beyond the trials named is used."""
     on(monkeypatch, HEAD)
-    assert fitted(4, 1.0, 1, 0, growing=8) == (1.0, 8)
-    assert fitted(4, 0.5, 1, 3, growing=8) == (0.5, 3)
-    assert fitted(4, 1.0, 4, 0, growing=2) == (1.0, 2)
+    assert fitted(4, 1.0, 1, 0, growing=8)[:2] == (1.0, 8)
+    assert fitted(4, 0.5, 1, 3, growing=8)[:2] == (0.5, 3)
+    assert fitted(4, 1.0, 4, 0, growing=2)[:2] == (1.0, 2)
     with pytest.raises(Shortage, match="9 trials at once do not fit: the cluster has room for 8"):
         fitted(4, 1.0, 1, 9, growing=8)
     on(monkeypatch, HEAD, LARGE)
-    assert fitted(1, -1.0, 1, 0, growing=2) == (1.0, 4)
-    assert fitted(1, -1.0, 1, 0, growing=6) == (1.0, 6)
+    assert fitted(1, -1.0, 1, 0, growing=2)[:2] == (1.0, 4)
+    assert fitted(1, -1.0, 1, 0, growing=6)[:2] == (1.0, 6)
+
+
+def test_a_machine_that_is_gone(monkeypatch):
+    """Known to Ray, or not yet: then it does not answer."""
+    with socket.create_server(("127.0.0.1", 0)) as here, socket.create_server(("127.0.0.1", 0)) as other:
+        ports = {"here": here.getsockname()[1], "silent": other.getsockname()[1], "known": here.getsockname()[1]}
+        nodes = [
+            {"NodeID": name, "Alive": name != "known", "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": port}
+            for name, port in ports.items()
+        ]
+        monkeypatch.setattr(ray, "nodes", lambda: nodes)
+        other.close()
+        assert [gone(name) for name in ("here", "silent", "known", "never there")] == [False, True, True, True]
 
 
 def test_a_cluster_without_machines_cannot_say_whether_it_will_have_gpus(monkeypatch):
@@ -189,9 +202,9 @@ def test_two_machines_of_a_real_cluster(left_alone):
         cluster.add_node(num_cpus=2, num_gpus=1)
         cluster.add_node(num_cpus=3, num_gpus=2)
         connect(cluster.address, dashboard=False)
-        assert fitted(1, -1.0, 1, 0) == (1.0, 3)
-        assert fitted(2, 0.0, 1, 0) == (0.0, 2)
-        assert fitted(1, 0.5, 2, 0) == (0.5, 2)
+        assert fitted(1, -1.0, 1, 0)[:2] == (1.0, 3)
+        assert fitted(2, 0.0, 1, 0)[:2] == (0.0, 2)
+        assert fitted(1, 0.5, 2, 0)[:2] == (0.5, 2)
         with pytest.raises(Shortage, match="on one machine, but the machines of the cluster hold 0"):
             fitted(4, 0.0, 1, 0)
         with pytest.raises(Shortage, match="a trial needs 4 GPU"):

@@ -117,7 +117,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot be written"):
+    with pytest.raises(OSError, match="cannot be written"):
         Store(tmp_path / "file" / "store")
 
 

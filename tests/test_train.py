@@ -83,8 +83,8 @@ def test_cutting_changes_no_weight_whatever_the_trick(trick):
 
 def test_a_snapshot_goes_on_where_it_was_taken():
     stage, taken = tiny(epochs=4, optimiser=OPTIMISERS["sam"]), []
-    often = Resources(device="cpu", threads=1, snapshot_s=0)
-    once, _ = train(stage, resources=often, on_snapshot=taken.append)
+    one = Resources(device="cpu", threads=1)
+    once, _ = train(stage, resources=one, on_snapshot=lambda make: taken.append(make()))
     assert [state.epoch for state in taken] == [1, 2, 3]
     again, _ = train(stage, begun=taken[1], resources=ONE)
     same(once, again)

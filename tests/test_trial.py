@@ -64,6 +64,31 @@ def test_a_crash_costs_at_most_a_snapshot_interval(tmp_path, monkeypatch):
     assert len(found.epochs) == 5
 
 
+def test_told_to_stop_a_trial_stores_the_epoch_it_is_in(tmp_path):
+    """However rare its snapshots are; and an epoch is counted for the trial that trained it, once."""
+    rare = Resources(device="cpu", threads=1, snapshot_s=900)
+    told = []
+    leave = lambda: len(told) >= 4  # noqa: E731 - in the epoch after the fourth, the second of the second stage
+    shared = FIRST.but(horizon=7)
+    stage = shared.but(epochs=4, resume=shared, weight=fn("inverse_frequency"))
+    first = Trial(stage, Store(tmp_path), resources=rare, report=told.append, name="0001", leave=leave)
+    with pytest.raises(InterruptedError, match="told to stop; stored after epoch 5"):
+        first.run()
+    assert [record["epoch"] for record in told] == [1, 2, 3, 4, 5]
+    again = Trial(stage, Store(tmp_path), resources=rare, name="0001").run()
+    assert (again.trained, again.resumed, again.asked) == (2, 5, 7)
+    third = stage.but(weight=None)
+    other = Trial(third, Store(tmp_path), resources=rare, name="0002").run()
+    assert (other.trained, other.resumed, other.asked) == (4, 0, 7), "the first stage is shared, not resumed"
+    assert measured(again) == measured(run(stage, Store(tmp_path / "fresh"), resources=ONE))
+
+
+def test_told_to_stop_a_trial_begins_no_stage(tmp_path):
+    with pytest.raises(InterruptedError):
+        Trial(CHAIN, Store(tmp_path), resources=ONE, leave=lambda: True).run()
+    assert not list(tmp_path.glob("*/*.json"))
+
+
 def test_lost_predictions_are_made_from_the_stored_weights(tmp_path):
     once = run(FIRST, Store(tmp_path), resources=ONE)
     with open(once.predictions, "r+b") as file:

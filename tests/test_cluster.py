@@ -1,0 +1,112 @@
+"""What a trial of several workers makes of errors, without any workers; with them see test_search and test_kills."""
+
+import ast
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rayltr import cluster
+from rayltr.interface import Diverged
+
+
+class Gone(Exception):
+    """Stands for what Ray Train says of a worker whose process has died."""
+
+    health_check_failure = "the actor is dead"
+
+
+class Failed(Exception):
+    """Stands for the error of a Train run."""
+
+    def __init__(self, *causes):
+        super().__init__(f"Training failed: {causes}")
+        self.worker_failures = dict(enumerate(causes))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (Failed(RuntimeError("connection closed by peer"), Gone()), MemoryError),
+        (Failed(OSError(28, "No space left on device"), RuntimeError("connection closed")), OSError),
+        (Failed(KeyError("my own mistake")), Failed),
+        (ValueError("no room"), ValueError),
+    ],
+)
+def test_the_error_of_a_run_is_that_of_a_single_process(error, kind):
+    found = cluster.meant(error)
+    assert type(found) is kind and str(error) in str(found)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("error", [Diverged("the term 'loss' became nan"), InterruptedError("told to stop")])
+def test_what_ends_all_workers_alike_is_no_reason_to_start_them_again(monkeypatch, rank, error):
+    def ends(*arguments):
+        raise error
+
+    monkeypatch.setattr(cluster.trial, "for_search", ends)
+    monkeypatch.setattr(cluster, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(cluster.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: rank))
+    told = []
+    config = {"queue": SimpleNamespace(put=told.append), "settings": None, "name": "0000", "params": {}}
+    found = cluster.loop(config)
+    if rank:
+        assert found is None and not told
+    else:
+        assert found == {"error": error} and told == [cluster.BEGIN]
+        assert "in ends" in error.__notes__[-1], "the traceback travels along"
+
+
+class Relay:
+    """A queue that holds these records, then nothing."""
+
+    def __init__(self, *records):
+        self.records = list(records)
+
+    def get(self, timeout):
+        if not self.records:
+            raise cluster.Empty
+        return self.records.pop(0)
+
+    def empty(self):
+        return not self.records
+
+    def shutdown(self):
+        self.records = None
+
+
+def test_workers_that_are_started_again_are_told_of():
+    told = []
+    queue = Relay(cluster.BEGIN, {"epoch": 1}, cluster.BEGIN, {"epoch": 1})
+    trainer = SimpleNamespace(fit=lambda: SimpleNamespace(return_value={"trained": 1}))
+    assert cluster.relayed(trainer, queue, told.append) == {"trained": 1}
+    assert told == [{"epoch": 1}, {"restarted": 1}, {"epoch": 1}] and queue.records is None
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_ray_is_installed_with_the_part_that_frees_the_machines_of_stopped_trials():
+    """The API server, which only the extra `default` brings; without it such machines would be lost for ever."""
+    (ray,) = [text for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+              if text.startswith("ray")]  # fmt: skip
+    assert {"default", "tune", "train"} <= set(ray[ray.index("[") + 1 : ray.index("]")].split(","))
+
+
+@pytest.mark.parametrize("name", ["TuneReportCallback", "OptunaSearch", "ASHAScheduler", "metrics", "restore"])
+def test_what_loses_reports_in_ray_is_not_used(name):
+    """The callback can wait for ever, and a Train run without a checkpoint has no metrics; see `rayltr.cluster`."""
+    files = [ROOT / "rayltr" / file for file in ("cluster.py", "tuning.py")]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    used |= {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert name not in used
+
+
+def test_epochs_do_not_take_the_slow_way_of_train_report():
+    """It holds every report back until the controller looks, every second or two."""
+    nodes = ast.walk(ast.parse((ROOT / "rayltr/cluster.py").read_text()))
+    calls = [node.func for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    assert not [call for call in calls if (ast.unparse(call.value), call.attr) == ("train", "report")]

@@ -1,0 +1,96 @@
+"""The search itself, as far as it needs no Ray; with Ray see test_search, test_faults and test_kills."""
+
+import pytest
+
+from rayltr import tuning
+from rayltr.ledger import Settings
+from rayltr.proposals import journal
+from rayltr.studies import Plan
+from rayltr.tuning import mend, verdict
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (MemoryError("no more"), "memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: Out of memory"), "memory"),
+        (OSError(28, "No space left on device"), "interrupted"),
+        (InterruptedError("told to stop"), "interrupted"),
+        (ValueError("the term 'loss' became nan in epoch 1"), "failed"),
+        (KeyError("my own mistake"), "failed"),
+    ],
+)
+def test_what_the_machine_did_is_no_verdict_on_the_recipe(error, state):
+    assert verdict(error) == state
+
+
+@pytest.mark.parametrize("torn", ["", '{"op_code":6,"tri', '{"op_code":6}'], ids=["whole", "half a line", "no end"])
+def test_a_journal_that_a_crash_has_torn_can_be_read_and_written(tmp_path, torn):
+    path = tmp_path / "optuna.journal"
+    trial = journal(str(tmp_path), ["balanced_nll"]).ask()
+    with path.open("a") as file:
+        file.write(torn)
+    (tmp_path / "optuna.journal.lock").symlink_to(path)  # what Optuna holds while it writes
+    mend(path)
+    study = journal(str(tmp_path), ["balanced_nll"])
+    study.tell(trial.number, 0.5)
+    assert [one.value for one in journal(str(tmp_path), ["balanced_nll"]).trials] == [0.5]
+
+
+def test_a_run_without_a_journal_needs_no_mending(tmp_path):
+    mend(tmp_path / "optuna.journal")
+    assert not list(tmp_path.iterdir())
+
+
+class Seen:
+    """What is said."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Two machines with GPUs, of which nothing is asked but the look at the memory, which this replaces."""
+
+    def set_up(answer, machines=({"CPU": 16.0, "GPU": 2.0}, {"CPU": 12.0, "GPU": 1.0}, {"CPU": 4.0})):
+        class Remote:
+            def remote(self, settings):
+                return answer
+
+        nodes = [{"Alive": True, "Resources": resources} for resources in machines]
+        monkeypatch.setattr(tuning.ray, "nodes", lambda: nodes)
+        monkeypatch.setattr(tuning.ray, "remote", lambda **need: lambda function: Remote())
+        monkeypatch.setattr(tuning.ray, "get", lambda answer: answer())
+
+    return set_up
+
+
+def broken():
+    raise RuntimeError("in a worker\nCUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("peak", "cpus", "share"), [(10, 1, 1 / 7), (2, 1, 1 / 8), (2, 4, 1 / 2), (2, 20, 1.0), (50, 1, 1.0)]
+)
+def test_trials_share_a_gpu_by_memory_and_processors(gpus, peak, cpus, share):
+    """Nine tenths of 80 GiB, and the machine with the fewest processors to a GPU: 8."""
+    gpus(lambda: (peak << 30, 80 << 30))
+    seen = Seen()
+    assert tuning.measured(Settings("run", Plan("s"), 1, (), "tpe", cpus=cpus), seen) == pytest.approx(share)
+    assert seen.lines == [f"a trial takes up to {peak}.0 of 80 GiB of a GPU: {round(1 / share)} trials share one"]
+
+
+def test_where_nothing_is_to_be_shared(gpus):
+    one, several = (Settings("run", Plan("s"), 1, (), "tpe", workers=workers) for workers in (1, 2))
+    gpus(broken)
+    seen = Seen()
+    assert tuning.measured(one, seen) == 1.0
+    assert seen.lines == ["the memory of a trial cannot be measured: CUDA out of memory"]
+    assert tuning.measured(several, seen) == -1.0
+    gpus(broken, ({"CPU": 4.0},))
+    assert tuning.measured(one, seen) == -1.0
