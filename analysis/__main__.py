@@ -1,4 +1,4 @@
-"""python -m analysis RUN: the report of a run as one HTML file."""
+"""python -m analysis RUN [RUN ...]: the report of a run, or of several to compare, as one HTML file."""
 
 import argparse
 import importlib
@@ -9,15 +9,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Write the report and print its path.  Returns the exit code: 0, or 2 with one line on stderr."""
     parser = argparse.ArgumentParser(
         prog="python -m analysis",
-        description="Write the report of a run: one HTML file that opens offline.",
+        description="Write the report of a run: one HTML file that opens offline, and its numbers as Parquet, CSV and "
+        "JSON in a folder beside it.  Several runs are compared if they share their images.",
     )
-    parser.add_argument("run", metavar="RUN", help="the folder of a run (with run.json), or its URI")
-    parser.add_argument("--out", metavar="FILE", help="where to write the report (default: RUN/report.html)")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="the folder of a run (with run.json), or its URI")
+    parser.add_argument(
+        "--out", metavar="FILE", help="where to write the report (default: report.html in the first RUN)"
+    )
     asked = parser.parse_args(arguments)
     # Imported only now, so that --help does not wait for plotly and pyarrow.
     report = importlib.import_module("analysis.report")
     try:
-        print(report.write(asked.run, asked.out))
+        print(report.write(asked.runs, asked.out))
     except (ValueError, OSError) as error:
         print(f"analysis: {error}", file=sys.stderr)
         return 2

@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from analysis import reading
+from analysis.reading import Floats, Groups, Items
 from rayltr import choice, metrics, records
 
-Floats = NDArray[np.float64]
 VAL, TEST = "val.", "test.fitted_"
 """How the metrics of the validation split, and the corrected ones of the test split, begin in the records."""
 
-Groups = Mapping[str, NDArray[np.int64]]
+READERS = 2
+"""Trials that are read at the same time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,8 +28,12 @@ class Trial:
 
     row: the fixed columns of the records.  params: its active parameters.  recorded: the metrics in the records.
     val: the validation scores, names as in `metrics.SUMMARY`; recorded, or else taken from the predictions.
-    curve: `metrics.sweep` at the fitted temperature.  per_class: validation accuracy [C] at the fitted tau and
-    temperature.  error: one standard error of the fitted balanced accuracy, from the finite number of images.
+    folder, run: the run folder it lies in; a name to tell it from trials of other runs, if there are any.
+    heads: the names of the logits that are stored, the trial's own prediction first.
+    curve: accuracies at every tau of `metrics.TAUS`, at the fitted temperature.  pred: predicted class int16 [N] at
+    the fitted tau.  packed: bits, whether an image is predicted right, at every tau; see `hits`.
+    per_class: validation accuracy [C] at the fitted tau and temperature.  error: one standard error of the fitted
+    balanced accuracy, from the finite number of images.
     test: scores on the test split at the tau and temperature fitted on validation, likewise.
     problem: why something that should be there is missing.
     """
@@ -35,7 +42,12 @@ class Trial:
     params: dict[str, Any]
     recorded: dict[str, float]
     val: dict[str, float]
+    folder: str = ""
+    run: str = ""
+    heads: tuple[str, ...] = ()
     curve: dict[str, Floats] | None = None
+    pred: NDArray[np.int16] | None = None
+    packed: NDArray[np.uint8] | None = None
     per_class: Floats | None = None
     error: float = math.nan
     test: dict[str, float] = field(default_factory=dict)
@@ -43,12 +55,18 @@ class Trial:
 
     @property
     def id(self) -> str:
-        return self.row["trial"]
+        return f"{self.run}/{self.row['trial']}" if self.run else self.row["trial"]
 
     @property
     def control(self) -> bool:
         """Whether this trial is of the control arm: plain cross-entropy, no tricks."""
         return self.params.get("arm") == "control"
+
+    @property
+    def cost(self) -> float:
+        """Seconds that training the whole chain takes, whoever trained it; nan if unknown."""
+        seconds = self.recorded.get("val.cost_s", self.row["wall_s"])
+        return math.nan if seconds is None else seconds
 
     def points(self) -> Floats:
         """(tau, many, few) [K, 3]: along the tau curve, or raw and fitted where only metrics were recorded."""
@@ -57,10 +75,23 @@ class Trial:
         raw = (0.0, self.val["many"], self.val["few"])
         return np.array([raw, (self.val["tau"], self.val["fitted_many"], self.val["fitted_few"])])
 
+    def hits(self, tau: float | None = None) -> NDArray[np.bool_]:
+        """Whether each validation image is predicted right, bool [N], at a tau of the grid (0: raw; None: fitted)."""
+        return self.swept()[reading.nearest(self.val["tau"] if tau is None else tau)]
+
+    def swept(self) -> NDArray[np.bool_]:
+        """The same at every tau of `metrics.TAUS`, bool [K, N].  Only where predictions are stored (`packed`)."""
+        assert self.packed is not None and self.pred is not None
+        return np.unpackbits(self.packed, axis=1, count=len(self.pred)).astype(bool)
+
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run folder: run.json, the training counts and names of its classes, their groups, and its trials."""
+    """A run folder: run.json, the training counts and names of its classes, their groups, and its trials.
+
+    rows: the trials table as it was read.  items: the validation images, None where no predictions are stored.
+    parts: the runs it was merged from.
+    """
 
     folder: str
     info: dict[str, Any]
@@ -69,11 +100,25 @@ class Run:
     groups: Groups
     rule: str
     trials: list[Trial]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    items: Items | None = None
+    parts: "tuple[Run, ...]" = ()
 
     @property
     def finished(self) -> list[Trial]:
         """Trials that came to their end at full length; those of lower rungs only led to them."""
-        return [trial for trial in self.trials if trial.row["state"] == "complete" and choice.whole(trial.row)]
+        return [trial for trial in self.trials if _whole(trial.row)]
+
+    @property
+    def measured(self) -> list[Trial]:
+        """The finished trials whose predictions are known, image by image; the best fitted NLL first."""
+        known = [trial for trial in self.finished if trial.packed is not None]
+        return sorted(known, key=lambda trial: trial.val["fitted_nll"])
+
+    @property
+    def unmeasured(self) -> NDArray[np.int64]:
+        """The classes without validation images."""
+        return np.flatnonzero(self.items.images == 0) if self.items else np.arange(0)
 
     @cached_property
     def chosen(self) -> dict[str, Trial]:
@@ -82,9 +127,17 @@ class Run:
         The names are those of `rayltr.choice.best`, which also decides what an export takes.  One that no trial
         allows is absent.
         """
-        rows = [{**trial.row, "p.arm": trial.params.get("arm"), **_scores(trial)} for trial in self.trials]
         by_id = {trial.id: trial for trial in self.trials}
+        rows = [{**t.row, "trial": t.id, "p.arm": t.params.get("arm"), **_scores(t)} for t in self.trials]
         return {name: by_id[row["trial"]] for name, row in choice.best(rows).items()}
+
+    def logits(self, trial: Trial, head: str | None = None) -> NDArray[np.float32]:
+        """Validation logits [N, C] of a head (None: the trial's own prediction), read now.
+
+        Raises ValueError for a file that is missing or damaged, and KeyError for a head that is not stored.
+        """
+        stored = records.read_predictions(records.within(trial.folder, trial.row["predictions_val"]))
+        return stored.logits[head or next(iter(stored.logits))]
 
 
 def load(folder: str | os.PathLike) -> Run:
@@ -99,75 +152,124 @@ def load(folder: str | os.PathLike) -> Run:
     counts = np.asarray(data["counts"], np.int64)
     names = [str(name) for name in data.get("classes") or range(len(counts))]
     groups, rule = metrics.groups(counts)
-    trials = [_trial(folder, row, groups) for row in sorted(rows, key=_number)]
-    return Run(os.fspath(folder), info, counts, names, groups, rule, trials)
+    trials = [_recorded(os.fspath(folder), row) for row in sorted(rows, key=_order)]
+    items = _items(trials, len(counts))
+    with ThreadPoolExecutor(READERS) as pool:
+        trials = list(pool.map(lambda trial: _read(trial, items, groups), trials))
+    return Run(os.fspath(folder), info, counts, names, groups, rule, trials, rows, items)
 
 
-def _number(row: Mapping[str, Any]) -> float:
+def merged(runs: Sequence[Run]) -> Run:
+    """Several runs as one, if their trials were trained and judged on the same images; one run as it is.
+
+    Trials are named after their run.  Raises ValueError, in one line, for runs of different draws.
+    """
+    first = runs[0]
+    if len(runs) == 1:
+        return first
+    for other in runs[1:]:
+        if reason := _differs(first, other):
+            raise ValueError(f"{other.folder} cannot be compared with {first.folder}: {reason}")
+    names = _names(runs)
+    parts = tuple(
+        replace(run, trials=[replace(trial, run=name) for trial in run.trials])
+        for name, run in zip(names, runs, strict=True)
+    )
+    items = next((run.items for run in runs if run.items), None)
+    return replace(first, trials=[trial for part in parts for trial in part.trials], items=items, parts=parts)
+
+
+def _differs(one: Run, other: Run) -> str:
+    """Why two runs have not the same draw of images; empty if they have."""
+    mine, theirs = one.info["data"], other.info["data"]
+    if not np.array_equal(one.counts, other.counts) or one.classes != other.classes:
+        return "they have other classes, or another number of training images per class"
+    if mine.get("digest") != theirs.get("digest"):
+        return f"other images (digest {str(theirs.get('digest'))[:12]}, not {str(mine.get('digest'))[:12]})"
+    rows = [data.get("hashes", {}).get("val") for data in (mine, theirs)]
+    same = not (one.items and other.items) or np.array_equal(one.items.target, other.items.target)
+    return "" if rows[0] == rows[1] and same else "other validation images (another split, fold or protocol)"
+
+
+def _names(runs: Iterable[Run]) -> list[str]:
+    """The last parts of the folders' names, numbered where they are not unique."""
+    names = [run.folder.rstrip("/").rpartition("/")[2] for run in runs]
+    return [name if names.count(name) == 1 else f"{name}-{i + 1}" for i, name in enumerate(names)]
+
+
+def _order(row: Mapping[str, Any]) -> float:
     return math.inf if row["number"] is None else row["number"]
+
+
+def _whole(row: Mapping[str, Any]) -> bool:
+    return row["state"] == "complete" and choice.whole(row)
 
 
 def _scores(trial: Trial) -> dict[str, float]:
     return {f"{records.METRIC}{VAL}{name}": value for name, value in trial.val.items()}
 
 
-def _trial(folder: str | os.PathLike, row: dict[str, Any], groups: Groups) -> Trial:
+def _recorded(folder: str, row: dict[str, Any]) -> Trial:
+    """A trial as the records know it."""
     params = {k.removeprefix(records.PARAMETER): v for k, v in row.items() if k.startswith(records.PARAMETER)}
-    recorded = {k.removeprefix(records.METRIC): v for k, v in row.items() if k.startswith(records.METRIC)}
-    recorded = {name: value for name, value in recorded.items() if value is not None}
-    trial = Trial(
+    found = {k.removeprefix(records.METRIC): v for k, v in row.items() if k.startswith(records.METRIC)}
+    found = {name: value for name, value in found.items() if value is not None}
+    return Trial(
         row={name: row.get(name) for name in records.TRIALS.names},
         params={name: value for name, value in params.items() if value is not None},
-        recorded=recorded,
-        val={name: recorded.get(f"{VAL}{name}", math.nan) for name in metrics.SUMMARY},
-        test={name.removeprefix(TEST): value for name, value in recorded.items() if name.startswith(TEST)},
+        recorded=found,
+        val={name: found.get(f"{VAL}{name}", math.nan) for name in metrics.SUMMARY},
+        test={name.removeprefix(TEST): value for name, value in found.items() if name.startswith(TEST)},
+        folder=folder,
     )
+
+
+def _items(trials: Iterable[Trial], classes: int) -> Items | None:
+    """The validation images, from the first finished trial whose predictions can be read."""
+    for trial in trials:
+        try:
+            if _whole(trial.row) and trial.row["predictions_val"]:
+                return reading.items(_stored(trial, "val", classes))
+        except ValueError:
+            continue
+    return None
+
+
+def _read(trial: Trial, items: Items | None, groups: Groups) -> Trial:
+    """A trial with what its stored predictions say; with a `problem` where they cannot be used."""
+    if not _whole(trial.row):
+        return trial
     for read in (_validation, _test):
         try:
-            trial = replace(trial, **read(trial, folder, groups))
+            trial = replace(trial, **read(trial, items, groups))
         except ValueError as error:
             trial = replace(trial, problem=f"trial {trial.id}: {error}")
     return trial
 
 
-def _validation(trial: Trial, folder: str | os.PathLike, groups: Groups) -> dict[str, Any]:
-    """The fields of a trial that its validation predictions give; none where none are stored."""
+def _validation(trial: Trial, items: Items | None, groups: Groups) -> dict[str, Any]:
     if not trial.row["predictions_val"]:
         return {}
-    z, target, counts = _logits(folder, trial.row["predictions_val"], groups)
-    val = metrics.summary(z, target, counts, groups) if math.isnan(trial.val["tau"]) else trial.val
-    if math.isnan(val["tau"]):
-        return {"val": val}
-    per_class = metrics.class_accuracy(
-        metrics.predicted(z, counts, val["tau"], val["temperature"]), target, len(counts)
-    )
-    return {
-        "val": val,
-        "curve": metrics.sweep(z, target, counts, groups, val["temperature"]),
-        "per_class": per_class,
-        "error": _standard_error(per_class, np.bincount(target, minlength=len(counts))),
-    }
+    stored = _stored(trial, "val", sum(len(members) for members in groups.values()))
+    if items is None or not np.array_equal(stored.target, items.target):
+        raise ValueError(f"{trial.row['predictions_val']} has other images than the rest of the run")
+    return reading.validation(stored, items, groups, trial.val)
 
 
-def _test(trial: Trial, folder: str | os.PathLike, groups: Groups) -> dict[str, Any]:
+def _test(trial: Trial, items: Items | None, groups: Groups) -> dict[str, Any]:
     """The test scores, if they are not recorded, but test predictions are, and validation gave tau and temperature."""
     if trial.test or not trial.row["predictions_test"] or math.isnan(trial.val["tau"]):
         return {}
-    z, target, counts = _logits(folder, trial.row["predictions_test"], groups)
-    return {"test": metrics.scores(z, target, counts, groups, trial.val["tau"], trial.val["temperature"])}
+    stored = _stored(trial, "test", sum(len(members) for members in groups.values()))
+    z = next(iter(stored.logits.values()))
+    tau, temperature = trial.val["tau"], trial.val["temperature"]
+    return {"test": metrics.scores(z, stored.target, stored.counts, groups, tau, temperature)}
 
 
-def _logits(folder: str | os.PathLike, name: str, groups: Groups) -> tuple[NDArray, NDArray, NDArray]:
-    """Logits of the first head, target and training counts.  ValueError if they are not of this run's classes."""
-    stored = records.read_predictions(records.within(folder, name))
-    classes = sum(len(members) for members in groups.values())
+def _stored(trial: Trial, split: str, classes: int) -> records.Predictions:
+    """The predictions of a split.  Raises ValueError if they are not of this run's classes."""
+    name = trial.row[f"predictions_{split}"]
+    stored = records.read_predictions(records.within(trial.folder, name))
     if len(stored.counts) != classes:
         raise ValueError(f"{name} has {len(stored.counts)} classes, the run has {classes}")
-    return next(iter(stored.logits.values())), stored.target, stored.counts
-
-
-def _standard_error(per_class: Floats, images: NDArray[np.int64]) -> float:
-    """Of the mean of the class accuracies, each a share of its own number of images (binomial)."""
-    measured = images > 0
-    variance = per_class[measured] * (1 - per_class[measured]) / images[measured]
-    return float(np.sqrt(variance.sum()) / max(measured.sum(), 1))
+    return stored

@@ -2,7 +2,7 @@
 const key = (row, i) => {
   const cell = row.cells[i], raw = cell.dataset.v ?? cell.textContent.trim();
   if (raw === "" || raw === "–") return null;
-  return raw !== "" && !isNaN(raw) ? Number(raw) : raw;
+  return isNaN(raw) ? raw : Number(raw);
 };
 const order = (a, b) =>
   typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), undefined, { numeric: true });
@@ -20,6 +20,16 @@ for (const button of document.querySelectorAll(".sortable th button")) {
     body.append(...keyed.map(([, row]) => row));
   });
 }
+// Filtering: rows that hold every word stay.
+for (const filter of document.querySelectorAll(".filter")) {
+  const rows = [...filter.nextElementSibling.querySelector("tbody").rows];
+  filter.querySelector("input").addEventListener("input", ({ target }) => {
+    const words = target.value.toLowerCase().split(/\s+/).filter(Boolean);
+    for (const row of rows) row.hidden = !words.every((word) => row.textContent.toLowerCase().includes(word));
+    filter.querySelector("output").textContent = words.length
+      ? `${rows.filter((row) => !row.hidden).length} of ${rows.length}` : "";
+  });
+}
 for (const button of document.querySelectorAll(".copy")) {
   button.addEventListener("click", async () => {
     const code = button.previousElementSibling;
@@ -32,6 +42,16 @@ for (const button of document.querySelectorAll(".copy")) {
     }
   });
 }
+// The list of sections marks the one that is being read.
+const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
+const seen = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) {
+    if (!isIntersecting) continue;
+    for (const link of links.values()) link.removeAttribute("aria-current");
+    links.get(target.id)?.setAttribute("aria-current", "true");
+  }
+}, { rootMargin: "-15% 0px -80% 0px" });
+document.querySelectorAll("main > section").forEach((section) => seen.observe(section));
 // Paper has its own width, and browsers do not tell charts: set it before printing, give it back after.
 const charts = () => document.querySelectorAll(".js-plotly-plot");
 addEventListener("beforeprint", () => charts().forEach((chart) => Plotly.relayout(chart, { width: 660, height: 400 })));

@@ -1,30 +1,46 @@
-"""Tables as the template wants them: what a cell shows, and what it is sorted by."""
+"""Tables for people and for programs: what a cell shows, what it is sorted by, and the number behind it."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 MISSING = "–"
 
 
+class Interval(Protocol):
+    """A value between two ends, such as `analysis.estimates.Estimate`."""
+
+    @property
+    def value(self) -> float: ...
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+
+
 @dataclass(frozen=True)
 class Cell:
-    """Text as shown; `value` is what sorting compares, None goes last."""
+    """Text as shown; `value` is what sorting compares and what files hold, None goes last; the ends of an interval.
+
+    Accuracies are shown in per cent and held as fractions.
+    """
 
     text: str
     value: float | str | None = None
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)
 class Table:
-    """Column names, which of them hold numbers (set to the right), and rows of cells."""
+    """Column names and rows of cells."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
 
     def numeric(self, column: int) -> bool:
-        """Whether a column holds numbers and gaps only."""
+        """Whether a column holds numbers and gaps only (these are set to the right)."""
         return not any(isinstance(row[column].value, str) for row in self.rows)
 
 
@@ -35,19 +51,43 @@ def text(value: Any) -> Cell:
 
 def number(value: Any, form: str = ".4g") -> Cell:
     """A number in the format given, a gap for None and nan."""
-    return Cell(MISSING) if _absent(value) else Cell(format(value, form), float(value))
+    return Cell(MISSING) if absent(value) else Cell(format(value, form), float(value))
 
 
-def percent(fraction: float | None) -> Cell:
-    """A fraction as a percentage with one decimal, without the sign."""
-    return Cell(MISSING) if _absent(fraction) else number(100 * fraction, ".1f")  # type: ignore[operator]
+def percent(fraction: float | None, digits: int = 1) -> Cell:
+    """A fraction as a percentage without the sign."""
+    if fraction is None or math.isnan(fraction):
+        return Cell(MISSING)
+    return Cell(f"{100 * fraction:.{digits}f}", float(fraction))
+
+
+def points(difference: float | None) -> Cell:
+    """A difference of fractions in signed percentage points."""
+    if difference is None or math.isnan(difference):
+        return Cell(MISSING)
+    return Cell(signed(difference), float(difference))
+
+
+def ranged(estimate: Interval | None) -> Cell:
+    """An estimate of a fraction as a percentage with its interval."""
+    if estimate is None or math.isnan(estimate.value):
+        return Cell(MISSING)
+    shown = f"{100 * estimate.value:.1f} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+    return Cell(shown, estimate.value, estimate.low, estimate.high)
+
+
+def gained(estimate: Interval | None) -> Cell:
+    """An estimate of a difference of fractions in signed percentage points with its interval."""
+    if estimate is None or math.isnan(estimate.value):
+        return Cell(MISSING)
+    shown = f"{signed(estimate.value)} [{signed(estimate.low)}, {signed(estimate.high)}]"
+    return Cell(shown, estimate.value, estimate.low, estimate.high)
 
 
 def duration(seconds: float | None) -> Cell:
     """Seconds in the unit that suits them."""
-    if _absent(seconds):
+    if seconds is None or math.isnan(seconds):
         return Cell(MISSING)
-    assert seconds is not None
     for unit, length in (("h", 3600), ("min", 60)):
         if seconds >= length:
             return Cell(f"{seconds / length:.1f} {unit}", float(seconds))
@@ -59,5 +99,16 @@ def anything(value: Any) -> Cell:
     return number(value) if isinstance(value, float) else Cell(str(value), value) if type(value) is int else text(value)
 
 
-def _absent(value: Any) -> bool:
+def signed(fraction: float) -> str:
+    """A fraction in percentage points with its sign, the minus as long as the plus."""
+    shown = f"{100 * fraction:+.1f}"
+    return "0.0" if shown in ("+0.0", "-0.0") else shown.replace("-", "−")
+
+
+def thousands(n: float) -> str:
+    """A whole number with narrow gaps."""
+    return f"{n:,.0f}".replace(",", "\u202f")
+
+
+def absent(value: Any) -> bool:
     return value is None or math.isnan(value)

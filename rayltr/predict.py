@@ -1,4 +1,4 @@
-"""`python -m rayltr.predict DIR IMAGE|FOLDER|FILE.parquet`: an exported model on images."""
+"""`python -m rayltr.predict DIR IMAGE|FOLDER|FILE.parquet`: an exported model or ensemble on images."""
 
 import argparse
 import sys
@@ -22,7 +22,7 @@ SHOWN = 20
 
 def parser() -> argparse.ArgumentParser:
     made = command.Parser(prog="rayltr predict", description="Use an exported model on images.")
-    made.add_argument("model", metavar="DIR", help="an exported model")
+    made.add_argument("model", metavar="DIR", help="an exported model or ensemble")
     made.add_argument("images", metavar="IMAGE|FOLDER|FILE.parquet", help="what to classify")
     made.add_argument("--out", metavar="FILE.parquet", help="write path, prediction and probabilities of every class")
     made.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
@@ -32,17 +32,19 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    if not (Path(options.model) / "config.json").is_file():
+    folder = Path(options.model)
+    several = (folder / "ensemble.json").is_file()
+    if not several and not (folder / "config.json").is_file():
         raise ValueError(f"{options.model} is no exported model: it has no config.json")
     if options.out and Path(options.out).suffix != ".parquet":
         raise ValueError(f"--out {options.out} is no .parquet file, which is what is written")
     items = found(Path(options.images))
-    if (Path(options.model) / "study.py").exists():
-        studies.find(str(Path(options.model) / "study.py"))  # its backbone may be the user's own
+    for file in [*folder.glob("study.py"), *folder.glob("members/*/study.py")][:1]:  # they are all the same
+        studies.find(str(file))  # its backbone may be the user's own
     shipping = import_module("rayltr.shipping")  # torch, only now that there is something to classify
     command.usable(options.device)
     device = shipping.place(options.device)
-    model, config = shipping.opened(Path(options.model), device)
+    model, config = (import_module("rayltr.ensemble") if several else shipping).opened(folder, device)
     size = tuple(config["pretrained_cfg"]["input_size"][1:])
     kept: list[int] = []
     batches = decoded(items, size, options.skip_corrupt, kept)

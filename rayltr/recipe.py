@@ -168,9 +168,7 @@ def rehearsed(run: Path, stage: Stage, options: argparse.Namespace) -> None:
     except Exception as error:
         shutil.rmtree(run)
         place = traceback.extract_tb(error.__traceback__)[-1]
-        named = (
-            f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
-        )
+        named = f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
         raise ValueError(f"the recipe cannot be trained: {error if type(error) is ValueError else named}") from error
 
 

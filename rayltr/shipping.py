@@ -1,12 +1,7 @@
-"""Trained trials as models to ship: adjustments folded into one linear classifier, a folder timm can load, ONNX.
-
-The export's forward takes RGB images in [0, 1] as float [B,3,H,W] and gives logits [B,C] that are already corrected:
-z / T - tau * log prior, with the tau and temperature T that validation chose.
-"""
+"""Models to ship as folders, in timm's form where timm can load them, and as ONNX."""
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,123 +9,35 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as bytes_of
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rayltr import build
 from rayltr.backbones import Normalised
-from rayltr.interface import Facts, Resources
-from rayltr.metrics import fit
-from rayltr.records import read_predictions
-from rayltr.spec import Stage, dump, end, fn, parse
-from rayltr.store import Store
+from rayltr.folding import Adjustment, Finished, Headed, Shipped
+from rayltr.interface import Facts, Resources, State
+from rayltr.spec import dump, fn, parse
 
 SCHEMA = 1
 
 
-class Shipped(nn.Module):
-    """A backbone and one linear classifier, which sees features of unit length with `normalise` (cosine heads)."""
-
-    def __init__(self, backbone: Normalised, classes: int, normalise: bool):
-        super().__init__()
-        self.backbone, self.normalise = backbone, normalise
-        self.classifier = nn.Linear(backbone.dim, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        features = self.backbone(images)
-        return self.classifier(F.normalize(features) if self.normalise else features)
-
-
-@dataclass(frozen=True)
-class Adjustment:
-    """tau and temperature, with the training counts [C] that the prior is taken from."""
-
-    tau: float
-    temperature: float
-    counts: np.ndarray
-
-    def shift(self) -> Tensor:
-        """-tau * log prior, float64 [C]; an empty class counts as one image."""
-        counts = torch.as_tensor(self.counts, dtype=torch.float64).clamp(min=1)
-        return -self.tau * (counts / counts.sum()).log()
-
-
-@torch.no_grad()
-def folded(method: nn.Module, adjustment: Adjustment) -> Shipped:
-    """The method's main prediction with the adjustment folded in.
-
-    Raises ValueError when its head is not linear in its features, of any or of unit length.
-    """
-    backbone, head = method.backbone.double().eval(), method.head.double().eval()  # type: ignore[union-attr, operator]
-    one = torch.eye(backbone.dim, dtype=torch.float64)  # type: ignore[arg-type]
-    normalise = bool(torch.allclose(head(2 * one), head(one)))
-    bias = head(0 * one[:1])[0]
-    made = Shipped(backbone, len(bias), normalise).double()  # type: ignore[arg-type]
-    made.classifier.weight.copy_((head(one) - bias).T / adjustment.temperature)
-    made.classifier.bias.copy_(bias / adjustment.temperature + adjustment.shift())
-    probe = torch.randn(8, backbone.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))  # type: ignore
-    expected = head(probe) / adjustment.temperature + adjustment.shift()
-    if not torch.allclose(made.classifier(F.normalize(probe) if normalise else probe), expected):
-        raise ValueError("this head cannot be exported: it is not linear in its features")
-    return made.float()
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A trained trial ready to be written: its model, what it was made of and what was measured."""
-
-    model: Shipped
-    stage: Stage
-    facts: Facts
-    adjustment: Adjustment
-
-
-def finished(run: Path, row: Mapping[str, Any], size: tuple[int, int]) -> Finished:
-    """The model of a row of the trials table, from the run's store; neither data nor Ray are needed.
-
-    Raises ValueError when its weights are not in the store any more.
-    """
-    place = run / row["predictions_val"]
-    note = place.with_name(place.name.replace(".val.parquet", ".json"))
-    if not note.exists():
-        raise ValueError(f"the weights of trial {row['trial']} are not in {run} any more; train it again with "
-                         f"`python -m rayltr.train {run} --trial {row['trial']}`")  # fmt: skip
-    stage = parse(json.loads(note.read_text())["stage"])
-    state = Store(run / "store").longest(stage)
-    if state is None or state.epoch != end(stage):  # what a shorter training left is another model
-        raise ValueError(f"the weights of trial {row['trial']} in {run} are damaged; train it again with "
-                         f"`python -m rayltr.train {run} --trial {row['trial']}`")  # fmt: skip
-    val = read_predictions(place)
-    mean, std = (tuple(state.model[f"backbone.{name}"].flatten().tolist()) for name in ("mean", "std"))
-    facts = Facts(tuple(val.classes), val.counts, mean, std, size)
-    method = build.method(stage.but(backbone=stage.backbone.but(pretrained=None)), facts)
-    build.adopt(method, state, again=True)
-    tau, temperature, _ = fit(next(iter(val.logits.values())), val.target, val.counts)
-    adjustment = Adjustment(tau, temperature, val.counts)
-    recipe = parse(json.loads(row["recipe"]))
-    return Finished(folded(method, adjustment), recipe, facts, adjustment)
-
-
-def written(out: Path, found: Finished, row: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-    """Writes the export: config.json, model.safetensors, labels.txt, metrics.json, manifest.json and a model card."""
-    out.mkdir(parents=True, exist_ok=True)
-    for stale in ("model.onnx", "study.py"):
-        (out / stale).unlink(missing_ok=True)
+def weighed(out: Path, found: Finished) -> None:
+    """Writes what `opened` needs: config.json and model.safetensors."""
     config, weights = form(found)
-    metrics = {key[2:]: value for key, value in row.items() if key.startswith("m.") and value is not None}
-    posthoc = {"tau": found.adjustment.tau, "temperature": found.adjustment.temperature,
-               "counts": found.adjustment.counts.tolist(), "folded": True}  # fmt: skip
+    adjustment = found.adjustment
+    posthoc = {"tau": adjustment.tau, "temperature": adjustment.temperature, "counts": adjustment.counts.tolist(),
+               "bias": np.asarray(adjustment.bias).tolist(), "folded": True}  # fmt: skip
     more = {"rayltr": SCHEMA, "posthoc": posthoc, "recipe": dump(found.stage)}
-    save_file({name: value.contiguous() for name, value in weights.items()}, out / "model.safetensors")
-    texts = {
-        "config.json": json.dumps({**config, **more}, indent=1),
-        "labels.txt": "\n".join(found.facts.classes) + "\n",
-        "metrics.json": json.dumps({"trial": row["trial"], **metrics}, indent=1),
-        "manifest.json": json.dumps(manifest, indent=1),
-    }
-    for name, text in texts.items():
-        (out / name).write_text(text)
+    (out / "model.safetensors").write_bytes(bytes_of({name: value.contiguous() for name, value in weights.items()}))
+    (out / "config.json").write_text(json.dumps({**config, **more}, indent=1))
+
+
+def described(out: Path, classes: Sequence[str], metrics: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+    """Writes what people read: labels.txt, metrics.json and manifest.json."""
+    (out / "labels.txt").write_text("\n".join(classes) + "\n")
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    (out / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
 def common(found: Finished) -> dict[str, Any]:
@@ -139,7 +46,6 @@ def common(found: Finished) -> dict[str, Any]:
     normal = {"mean": list(facts.mean), "std": list(facts.std), "input_size": [3, *facts.size]}
     return {
         "num_classes": classes,
-        "num_features": found.model.classifier.in_features,
         "label_names": list(facts.classes),
         "pretrained_cfg": {**normal, "num_classes": classes, "crop_pct": 1.0, "interpolation": "bicubic"},
     }
@@ -147,29 +53,40 @@ def common(found: Finished) -> dict[str, Any]:
 
 def form(found: Finished) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config and the weights, in timm's form where timm can load them."""
-    if found.stage.backbone.name != "timm" or found.model.normalise:
-        return own_form(found)
-    try:
-        return timm_form(found)
-    except RuntimeError:  # not every model of timm ends in one linear layer
-        return own_form(found)
-
-
-def own_form(found: Finished) -> tuple[dict[str, Any], dict[str, Tensor]]:
     model = found.model
+    if isinstance(model, Headed):
+        return headed_form(found, model)
+    if found.stage.backbone.name != "timm" or model.normalise:
+        return own_form(found, model)
+    try:
+        return timm_form(found, model)
+    except RuntimeError:  # not every model of timm ends in one linear layer
+        return own_form(found, model)
+
+
+def own_form(found: Finished, model: Shipped) -> tuple[dict[str, Any], dict[str, Tensor]]:
     form = {"architecture": f"rayltr/{found.stage.backbone.name}", "backbone": dump(found.stage.backbone)}
-    return {**form, **common(found), "normalise": model.normalise}, model.state_dict()
+    width = {"num_features": model.classifier.in_features, "normalise": model.normalise}
+    return {**form, **common(found), **width}, model.state_dict()
 
 
-def timm_form(found: Finished) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def headed_form(found: Finished, model: Headed) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The weights of the whole method that predict; the recipe says what they belong to."""
+    own = model.method.state_dict()
+    kept = model.method.keep() if hasattr(model.method, "keep") else own  # type: ignore[operator]
+    form = {"architecture": f"rayltr/{found.stage.method.name}", "head": model.head}
+    return {**form, **common(found)}, {name: own[name] for name in kept}
+
+
+def timm_form(found: Finished, model: Shipped) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The weights under timm's own names, so that `timm.create_model("local-dir:...")` loads them."""
     name = found.stage.backbone.get("model")
     made = import_module("timm").create_model(name, num_classes=len(found.facts.classes))
     place = made.default_cfg["classifier"]
-    body = {key.removeprefix("body."): value for key, value in found.model.backbone.body.state_dict().items()}
-    head = {f"{place}.{key}": value for key, value in found.model.classifier.state_dict().items()}
+    body = {key.removeprefix("body."): value for key, value in model.backbone.body.state_dict().items()}
+    head = {f"{place}.{key}": value for key, value in model.classifier.state_dict().items()}
     made.load_state_dict({**body, **head})
-    config = common(found)
+    config = {**common(found), "num_features": model.classifier.in_features}
     config["pretrained_cfg"] |= {"classifier": place, "architecture": name, "fixed_input_size": False}
     return {"architecture": name, **config}, made.state_dict()
 
@@ -197,6 +114,8 @@ def opened(folder: Path, device: torch.device) -> tuple[nn.Module, dict[str, Any
 def rebuilt(config: Mapping[str, Any], weights: dict[str, Tensor]) -> nn.Module:
     """The model that a config.json describes, with its weights.  Raises whatever a damaged one leads to."""
     normal, classes = config["pretrained_cfg"], len(config["label_names"])
+    if "head" in config:
+        return whole(config, weights)
     if "backbone" in config:
         keywords = dict(config["backbone"])
         choice = fn(keywords.pop("fn"), **keywords).but(pretrained=None)
@@ -208,6 +127,17 @@ def rebuilt(config: Mapping[str, Any], weights: dict[str, Tensor]) -> nn.Module:
     made.load_state_dict(weights)
     made.dim = classes
     return Normalised(made, normal["mean"], normal["std"])
+
+
+def whole(config: Mapping[str, Any], weights: dict[str, Tensor]) -> nn.Module:
+    """A head of a method that was exported whole."""
+    normal, posthoc, stage = config["pretrained_cfg"], config["posthoc"], parse(config["recipe"])
+    counts, size = np.asarray(posthoc["counts"]), tuple(normal["input_size"][1:])
+    facts = Facts(tuple(config["label_names"]), counts, tuple(normal["mean"]), tuple(normal["std"]), size)
+    method = build.method(stage.but(backbone=stage.backbone.but(pretrained=None)), facts)
+    build.adopt(method, State(weights, {}, 0, tuple(weights)), again=True)
+    adjustment = Adjustment(posthoc["tau"], posthoc["temperature"], counts, np.asarray(posthoc["bias"]))
+    return Headed(method, config["head"], adjustment)
 
 
 def onnx(out: Path, model: nn.Module, size: tuple[int, int]) -> Path:

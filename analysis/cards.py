@@ -1,0 +1,198 @@
+"""The decision cards: which trials a practitioner would ship, what is known of each, and what can not be told apart."""
+
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis import estimates
+from analysis.ensembles import Ensembles
+from analysis.estimates import Estimate
+from analysis.evidence import SCORES, Evidence, Floats
+from analysis.load import Trial
+from analysis.tables import anything, duration
+
+LOSS = 0.02
+"""Head accuracy that may be given up for the tail, as a fraction."""
+
+MAXIMUM = 5
+TIMES = 300
+"""Bootstrap draws of a correction, in each of which the choice is made again."""
+
+Choose = Callable[[Mapping[str, Floats]], int | None]
+"""From the scores of all trials, each [M], to the position of the one chosen; None if none can be."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a trial is chosen for: a question, the score that decides, and that score before and after correction.
+
+    raw: as measured on the images that chose it.  corrected: of the choice itself, on images that did not choose;
+    None where that cannot be said.  rivals: how many others it cannot be told from; cheapest: of all these.
+    """
+
+    question: str
+    score: str
+    raw: float
+    corrected: Estimate | None = None
+    rivals: int = 0
+    cheapest: str = ""
+
+    @property
+    def optimism(self) -> float:
+        return self.raw - self.corrected.value if self.corrected else float("nan")
+
+
+@dataclass(frozen=True)
+class Card:
+    """A model that may be shipped.  scores: with their intervals, of no width where nothing is known of them.
+
+    beyond: what it has more than `than`.  facts: cost and the like, by name.  test: scores on the test split.
+    """
+
+    name: str
+    claims: list[Claim]
+    scores: dict[str, Estimate]
+    beyond: dict[str, Estimate | None]
+    facts: dict[str, str]
+    params: dict[str, str]
+    command: str
+    than: str = "the control"
+    test: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def cards(evidence: Evidence, ensembles: Ensembles | None = None) -> list[Card]:
+    """At most five cards, one for each model that some question chooses, in the order of the questions."""
+    claims: dict[int, list[Claim]] = {}
+    for question, score, choose in questions(evidence):
+        i = choose(evidence.points)
+        if i is not None:
+            claims.setdefault(i, []).append(_claim(evidence, question, score, choose, i))
+    found = [_card(evidence, i, made) for i, made in claims.items()]
+    together = ensemble_card(evidence, ensembles) if ensembles and ensembles.members else None
+    return [*found[: MAXIMUM - bool(together)], *([together] if together else [])]
+
+
+def questions(evidence: Evidence) -> list[tuple[str, str, Choose]]:
+    """(question, score that decides, how to choose).  The control is the measure, or the best trial without one."""
+    if evidence.best is None:
+        return []
+    at = evidence.best if evidence.control is None else evidence.control
+    than = "the best balanced model" if evidence.control is None else "the control"
+    found: list[tuple[str, str, Choose]] = [
+        ("Best on balance", "balanced", lambda scores: _most(scores["balanced"])),
+        (f"Best tail, at most {100 * LOSS:.0f} points of head below {than}", "few",
+         lambda scores: _most(scores["few"], scores["many"] >= scores["many"][at] - LOSS)),
+        (f"Best head, tail no worse than {than}", "many",
+         lambda scores: _most(scores["many"], scores["few"] >= scores["few"][at])),
+    ]  # fmt: skip
+    if evidence.paired:
+        found.append(("Cheapest that cannot be told from the best", "balanced", _cheapest(evidence)))
+    return found
+
+
+def _most(score: Floats, allowed: NDArray[np.bool_] | None = None) -> int | None:
+    """The position of the largest score that is allowed; the first of equals."""
+    values = np.where(np.isnan(score) if allowed is None else ~allowed | np.isnan(score), -np.inf, score)
+    return int(values.argmax()) if len(values) and np.isfinite(values.max()) else None
+
+
+def _cheapest(evidence: Evidence) -> Choose:
+    """The cheapest of those whose balanced accuracy is within the noise of the best's (1.96 paired deviations)."""
+    spread, costs = evidence.spread, evidence.costs
+
+    def choose(scores: Mapping[str, Floats]) -> int | None:
+        top = _most(scores["balanced"])
+        if top is None:
+            return None
+        near = scores["balanced"] >= scores["balanced"][top] - 1.96 * spread[top]
+        return int(np.where(near, costs, np.inf).argmin()) if np.isfinite(costs[near]).any() else top
+
+    return choose
+
+
+def _claim(evidence: Evidence, question: str, score: str, choose: Choose, i: int) -> Claim:
+    raw = float(evidence.points[score][i])
+    if not evidence.paired:
+        return Claim(question, score, raw)
+    alike = estimates.equivalents(evidence.samples[score], i)
+    cheapest = np.where(alike, evidence.costs, np.inf).argmin()
+    told = evidence.trials[int(cheapest)].id if np.isfinite(evidence.costs[cheapest]) and cheapest != i else ""
+    return Claim(question, score, raw, _corrected(evidence, choose, score), int(alike.sum()) - 1, told)
+
+
+def _corrected(evidence: Evidence, choose: Choose, score: str) -> Estimate | None:
+    """The score of whatever the question chooses, on images that did not choose it."""
+    if not evidence.reliable:
+        return None
+    run = evidence.run
+    found = estimates.corrected(
+        evidence.hits, evidence.target, run.groups, choose, name=score, times=TIMES, seed=evidence.seed
+    )
+    return found.corrected
+
+
+def _card(evidence: Evidence, i: int, claims: list[Claim]) -> Card:
+    trial = evidence.trials[i]
+    plain = {name: float(evidence.points[name][i]) for name in SCORES}
+    measured = {name: evidence.estimate(i, name) for name in SCORES}
+    scores = {name: measured[name] or Estimate(value, value, value) for name, value in plain.items()}
+    own = evidence.control is not None and evidence.control != i
+    beyond = {name: evidence.beyond(i, evidence.control, name) if own else None for name in SCORES}  # type: ignore[arg-type]
+    facts = {"Trial": trial.id, "Training": duration(trial.cost).text, "τ": f"{trial.val['tau']:.1f}",
+             "Temperature": f"{trial.val['temperature']:.2g}"}  # fmt: skip
+    return Card(
+        name=trial.id,
+        claims=claims,
+        scores=scores,
+        beyond=beyond,
+        facts=facts | ({"Seeds": str(n)} if (n := len(evidence.recipes[i])) > 1 else {}),
+        params={name: anything(value).text for name, value in trial.params.items()},
+        command=export(trial),
+        test=trial.test,
+        notes=[note for claim in claims if (note := told_apart(claim))],
+    )
+
+
+def told_apart(claim: Claim) -> str:
+    """Whether others are as good, as far as these images can tell."""
+    if not claim.rivals:
+        return ""
+    others = f"{claim.rivals} other trial{'s' if claim.rivals > 1 else ''}"
+    cheaper = f"; the cheapest of them is {claim.cheapest}" if claim.cheapest else "; it is the cheapest of them"
+    return f"On {claim.score} accuracy not distinguishable from {others}{cheaper}."
+
+
+def export(trial: Trial) -> str:
+    """The command that writes the model of a trial."""
+    number = trial.row["trial"]
+    return f"python -m rayltr.export {shlex.quote(trial.folder)} --trial {number} --out export-{number}"
+
+
+def ensemble_card(evidence: Evidence, found: Ensembles) -> Card:
+    """The card of the best ensemble; judged on images that neither chose its members nor fitted its weights."""
+    own, single = found.ensemble, found.best
+    assert own is not None and single is not None
+    gain, sharper = own.gain_balanced, own.gain_nll
+    advice = "Recommended" if found.recommended == "ensemble" else "Not recommended"
+    why = "is sure" if found.recommended == "ensemble" else "is not certain"
+    note = (
+        f"{advice}: its gain over the best single model, {single.name}, {why} (NLL {sharper.value:+.3f}, 95 % interval "
+        f"{sharper.low:+.3f} to {sharper.high:+.3f}; more is better). Members: {', '.join(own.members)}."
+    )
+    return Card(
+        name=" + ".join(own.members),
+        claims=[Claim("Best ensemble", "balanced", own.balanced, own.out_balanced)],
+        scores={
+            name: Estimate(value, value, value) for name, value in {"balanced": own.balanced, **own.groups}.items()
+        },
+        beyond={"balanced": gain, **own.gain_groups},
+        facts={"Members": str(own.passes), "Training": duration(own.cost).text, "Per image": f"{own.passes} networks"},
+        params={},
+        command=f"python -m rayltr.export {shlex.quote(evidence.run.folder)} --ensemble --out export-ensemble",
+        than="the best single model",
+        notes=[note],
+    )

@@ -1,0 +1,212 @@
+"""What the sections of a report share: the trials to be compared, the bootstrap, and who stands out.
+
+Everything is computed once, when it is first asked for, from explicit seeds.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis import ensembles, estimates, pareto, resample
+from analysis.ensembles import Ensembles
+from analysis.estimates import Estimate
+from analysis.load import Run, Trial
+from rayltr.metrics import GROUPS
+
+Floats = NDArray[np.float64]
+Scores = dict[str, Floats]
+
+SCORES = ("balanced", *GROUPS)
+TIMES = 1000
+"""Bootstrap draws behind every interval."""
+
+THIN = 0.003
+"""Points of the front that are closer than this, in both accuracies, are listed once."""
+
+BAGGED, BAGS = 40_000, (4, 20)
+"""Ensembles are chosen in bags of so many images in all, few bags where there are many images."""
+
+REACH, MOST = 0.03, 400
+"""A point may be on the front of another draw if no point beats it by more than this; so many are looked at."""
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A point of the front: a trial at a tau, its accuracies, and how often it is on the front of a bootstrap draw."""
+
+    trial: Trial
+    tau: float
+    scores: dict[str, Estimate]
+    share: float
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """A run and what can be said of it.
+
+    Without stored predictions (`paired` is false) there are scores, but no intervals.
+    """
+
+    run: Run
+    times: int = TIMES
+    seed: int = 0
+
+    @cached_property
+    def trials(self) -> list[Trial]:
+        """The trials to be compared, the best NLL first, so that it decides between equals."""
+        return self.run.measured or sorted(
+            (trial for trial in self.run.finished if np.isfinite(trial.val["fitted_balanced"])),
+            key=lambda trial: trial.val["fitted_nll"],
+        )
+
+    @property
+    def paired(self) -> bool:
+        return self.run.items is not None and bool(self.run.measured)
+
+    @cached_property
+    def target(self) -> NDArray[np.int64]:
+        assert self.run.items is not None
+        return self.run.items.target
+
+    @cached_property
+    def hits(self) -> NDArray[np.bool_]:
+        """At the fitted tau, [M, N]."""
+        return np.stack([trial.hits() for trial in self.trials])
+
+    @cached_property
+    def points(self) -> Scores:
+        """The scores at the fitted tau, each [M]."""
+        if self.paired:
+            found = resample.grouped(self.hits, self.target, self.run.groups)
+            return {name: values[0] for name, values in found.items()}
+        return {name: np.array([trial.val[f"fitted_{name}"] for trial in self.trials]) for name in SCORES}
+
+    @cached_property
+    def draws(self) -> NDArray[np.uint16]:
+        return resample.draws(self.target, self.times, self.seed)
+
+    @cached_property
+    def samples(self) -> Scores:
+        """The scores at the fitted tau in every draw, each [B, M]."""
+        return resample.grouped(self.hits, self.target, self.run.groups, self.draws)
+
+    @cached_property
+    def control(self) -> int | None:
+        """The best of the control arm, by balanced accuracy."""
+        return self._top([i for i, trial in enumerate(self.trials) if trial.control])
+
+    @cached_property
+    def best(self) -> int | None:
+        """The best by balanced accuracy that is no worse than the control."""
+        return self._top(range(len(self.trials)))
+
+    def _top(self, among: "range | list[int]") -> int | None:
+        scores = self.points["balanced"][list(among)]
+        return None if not len(scores) or np.isnan(scores).all() else list(among)[int(np.nanargmax(scores))]
+
+    @cached_property
+    def costs(self) -> Floats:
+        """Seconds of training, infinite where unknown."""
+        return np.nan_to_num([trial.cost for trial in self.trials], nan=np.inf)
+
+    @cached_property
+    def spread(self) -> Floats:
+        """The standard deviation [M, M] of the difference of two balanced accuracies over the draws."""
+        shared = np.atleast_2d(np.cov(self.samples["balanced"], rowvar=False))
+        own = np.diag(shared)
+        return np.sqrt(np.clip(own[:, None] + own[None] - 2 * shared, 0, None))
+
+    @cached_property
+    def reliable(self) -> bool:
+        """Whether a correction for choosing the best of many can be believed: nearly all classes have some images."""
+        return self.paired and estimates.reliable(self.target, self.run.groups)
+
+    @cached_property
+    def ensembles(self) -> Ensembles:
+        """The ensembles of the run; with several runs only the reason why there are none."""
+        if self.run.parts:
+            return Ensembles(reason="ensembles are made of the trials of one run; report that run alone")
+        images = 1 if self.run.items is None else max(len(self.run.items.target), 1)
+        return ensembles.study(self.run.folder, seed=self.seed, bags=int(np.clip(BAGGED // images, *BAGS)))
+
+    @cached_property
+    def recipes(self) -> dict[int, list[int]]:
+        """For every trial those of the same parameters and length, itself included: other seeds of one recipe."""
+        alike: dict[tuple, list[int]] = defaultdict(list)
+        for i, trial in enumerate(self.trials):
+            alike[(trial.run, repr(sorted(trial.params.items())), trial.row["epochs_asked"])].append(i)
+        seeds = {key: {self.trials[i].row["seed"] for i in members} for key, members in alike.items()}
+        return {i: members if len(seeds[key]) > 1 else [i] for key, members in alike.items() for i in members}
+
+    def estimate(self, i: int, name: str) -> Estimate | None:
+        """A score of a trial with its interval: over images, and over seeds where its recipe was repeated."""
+        if not self.paired or np.isnan(self.points[name][i]):
+            return None
+        if len(alike := self.recipes[i]) > 1:
+            return estimates.seeds([self.samples[name][:, j] for j in alike])
+        return estimates.estimate(float(self.points[name][i]), self.samples[name][:, i])
+
+    def beyond(self, i: int, j: int, name: str) -> Estimate | None:
+        """What trial i has more than trial j, compared image by image."""
+        if not self.paired or np.isnan(self.points[name][[i, j]]).any():
+            return None
+        return estimates.difference(self.samples[name], i, j, self.points[name])
+
+    @cached_property
+    def curves(self) -> Floats:
+        """(tau, many, few) of the trials with both, [M', K, 3] as far as predictions are stored."""
+        found = [trial.points() for trial in self.both]
+        return np.stack(found) if found else np.zeros((0, 2, 3))
+
+    @cached_property
+    def both(self) -> list[Trial]:
+        """The trials with accuracies on both many and few classes."""
+        return [trial for trial in self.trials if np.isfinite(trial.points()).all()]
+
+    @cached_property
+    def front(self) -> list[Spot]:
+        """The front of many against few over all trials and tau, thinned, from head to tail."""
+        if not len(self.curves):
+            return []
+        flat = self.curves.reshape(-1, 3)
+        listed = pareto.thinned(flat[:, 1:], THIN)
+        if not self.paired:
+            return [self._plain(i) for i in listed]
+        rivals = self._rivals(flat[:, 1:], listed)
+        steps = self.curves.shape[1]
+        hits = np.stack([self.both[i // steps].swept()[i % steps] for i in rivals])
+        samples = resample.grouped(hits, self.target, self.run.groups, self.draws)
+        now = resample.grouped(hits, self.target, self.run.groups)
+        share = pareto.on_front(samples["many"], samples["few"])
+        spots = []
+        for k in range(len(listed)):
+            scores = {n: estimates.estimate(float(now[n][0, k]), samples[n][:, k]) for n in SCORES}
+            spots.append(Spot(self.both[rivals[k] // steps], float(flat[rivals[k], 0]), scores, float(share[k])))
+        return spots
+
+    def _plain(self, i: int) -> Spot:
+        trial, tau = self.both[i // self.curves.shape[1]], float(self.curves.reshape(-1, 3)[i, 0])
+        prefix = "" if tau == 0 else "fitted_"
+        values = {name: trial.val[f"{prefix}{name}"] for name in SCORES}
+        return Spot(trial, tau, {name: Estimate(v, v, v) for name, v in values.items()}, float("nan"))
+
+    def _rivals(self, points: Floats, listed: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The listed points of the front, then others that come close to it."""
+        edge = points[pareto.front(points)]
+        gap = (edge[None] - points[:, None]).min(2).max(1)
+        close = np.flatnonzero((gap <= REACH) & ~np.isin(np.arange(len(points)), listed))
+        return np.concatenate([listed, close[np.argsort(gap[close], kind="stable")][:MOST]])
+
+    def area(self, trials: list[Trial] | None = None) -> Estimate | None:
+        """The area below the front over some trials (all of them) and tau, its choice corrected."""
+        chosen = [t for t in (self.both if trials is None else trials) if t in self.both]
+        if not self.paired or not chosen:
+            return None
+        hits = np.concatenate([trial.swept() for trial in chosen])
+        points = np.concatenate([trial.points()[:, 1:] for trial in chosen])
+        return pareto.area(
+            hits[self._rivals(points, pareto.front(points))], self.target, self.run.groups, 200, self.seed
+        )

@@ -1,0 +1,177 @@
+"""What tau alone gives: balanced accuracy along tau, and what the tricks add beyond the control's curve."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+from numpy.typing import NDArray
+
+from analysis.evidence import Evidence
+from analysis.figures import draw
+from analysis.figures.draw import BLUE, GREEN, SKY, VERMILION, Figure, Key
+from analysis.load import Trial
+from analysis.pareto import hypervolume
+from analysis.tables import Table, number, percent, points, text
+from rayltr.metrics import TAUS
+
+Floats = NDArray[np.float64]
+
+LEVELS = 13
+"""Head accuracies at which the two envelopes are compared in the table."""
+
+
+def along_tau(evidence: Evidence) -> Figure | None:
+    """Balanced accuracy of every trial at every tau; None without stored predictions."""
+    drawn = [trial for trial in evidence.trials if trial.curve]
+    if not drawn:
+        return None
+    control = None if evidence.control is None else evidence.trials[evidence.control]
+    best = None if evidence.best is None else evidence.trials[evidence.best]
+    arm = [trial for trial in drawn if trial.control]
+    whole, plain = _upper(drawn), _upper(arm) if arm else None
+    faint = draw.joined([_line(trial) for trial in drawn])
+    figure = go.Figure([draw.scatter(faint, mode="lines", line={"color": SKY, "width": 1}, opacity=0.35)])
+    figure.add_trace(_thick(whole, GREEN, "dot"))
+    if plain is not None:
+        figure.add_trace(_thick(plain, VERMILION, "dash"))
+    if best and best is not control:
+        figure.add_traces(_named(best, "best", BLUE, "circle"))
+    if control:
+        figure.add_traces(_named(control, "control", VERMILION, "diamond"))
+    figure.update_xaxes(title="τ (larger: more for rare classes)")
+    figure.update_yaxes(title="balanced accuracy (%)", range=_heights([whole, plain, best, control]))
+    gap = None if plain is None else whole - plain
+    rows = [
+        [number(tau, ".1f"), percent(whole[k]), percent(None if plain is None else plain[k]),
+         points(None if gap is None else gap[k])]
+        for k, tau in enumerate(TAUS)
+    ]  # fmt: skip
+    return Figure(
+        name="taus",
+        title="Balanced accuracy along τ",
+        html=draw.html(figure, "taus"),
+        says=f"Line chart: balanced accuracy of {len(drawn)} trials against τ, with the best of all at each τ.",
+        caption=_lesson(whole, plain),
+        keys=[
+            *([Key(f"best, {best.id}, at its fitted τ", BLUE, "circle", 2)] if best and best is not control else []),
+            *([Key(f"control, {control.id}, at its fitted τ", VERMILION, "diamond", 2)] if control else []),
+            Key("best of all trials at each τ", GREEN, line=2.5, dash=True),
+            *([Key("best of the control arm at each τ", VERMILION, line=2.5, dash=True)] if arm else []),
+            Key("every trial", SKY, line=1),
+        ],
+        table=Table(["τ", "all trials %", "control arm %", "difference, points"], rows),
+    )
+
+
+def _lesson(whole: Floats, plain: Floats | None) -> str:
+    found = "Training tricks and τ shift the same balance between head and tail, so compare the peaks, not the start."
+    if plain is None:
+        return found
+    zero = int(np.abs(TAUS).argmin())
+    raw, peak = 100 * (whole[zero] - plain[zero]), 100 * (np.nanmax(whole) - np.nanmax(plain))
+    return (
+        f"{found} At τ = 0 the best trial is {raw:.1f} points above the control arm, at each one's best τ "
+        f"{peak:.1f} points: the second number is what the tricks add beyond τ."
+    )
+
+
+def _heights(lines: Sequence[Floats | Trial | None]) -> list[float]:
+    """The range of what is drawn out; the other trials may leave the picture."""
+    drawn = [line.curve["balanced"] if isinstance(line, Trial) and line.curve else line for line in lines]
+    values = 100 * np.concatenate([line for line in drawn if isinstance(line, np.ndarray)])
+    low, high = np.nanmin(values), np.nanmax(values)
+    pad = max(1.0, 0.08 * (high - low))
+    return [float(low - 2 * pad), float(high + pad)]
+
+
+def _upper(trials: Sequence[Trial]) -> Floats:
+    return np.max([trial.curve["balanced"] for trial in trials if trial.curve], axis=0)
+
+
+def _line(trial: Trial) -> Floats:
+    assert trial.curve is not None
+    return np.stack([trial.curve["tau"], 100 * trial.curve["balanced"]], 1)
+
+
+def _thick(values: Floats, colour: str, dash: str) -> go.Scatter:
+    line = {"color": colour, "width": 2.5, "dash": dash}
+    return draw.scatter(np.stack([TAUS, 100 * values], 1), mode="lines", line=line)
+
+
+def _named(trial: Trial, word: str, colour: str, symbol: str) -> list[go.Scatter]:
+    line = _line(trial)
+    fitted = line[int(np.abs(line[:, 0] - trial.val["tau"]).argmin())]
+    hover = [f"{word} {trial.id}, τ {tau:.1f}: {score:.1f} %" for tau, score in line]
+    marks = {"symbol": symbol, "size": 11, "color": colour}
+    return [
+        draw.scatter(line, mode="lines", line={"color": colour, "width": 2}, hovertext=hover),
+        draw.scatter([fitted], mode="markers", marker=marks),
+        draw.label(fitted, word, "bottom center"),
+    ]
+
+
+def beyond(evidence: Evidence) -> Figure | None:
+    """Tail accuracy that all trials reach beyond the control arm at the same head accuracy; None without both."""
+    arm = [trial for trial in evidence.both if trial.control and trial.curve]
+    if not arm or len(arm) == len(evidence.both):
+        return None
+    whole = np.concatenate([trial.points()[:, 1:] for trial in evidence.both])
+    plain = np.concatenate([trial.points()[:, 1:] for trial in arm])
+    at = np.unique(np.concatenate([whole[:, 0], plain[:, 0]]))
+    at = at[(at <= plain[:, 0].max()) & (at >= plain[:, 0].min())]
+    reached, base = envelope(whole, at), envelope(plain, at)
+    gain = 100 * (reached - base)
+    figure = go.Figure([
+        draw.band(100 * at, np.zeros(len(at)), gain, draw.faint(GREEN)),
+        draw.scatter(np.stack([100 * at, gain], 1), mode="lines", line={"color": GREEN, "width": 3},
+                     hovertext=[f"many {100 * x:.1f} %: {y:.1f} points" for x, y in zip(at, gain, strict=True)]),
+        draw.scatter([(100 * at[0], 0), (100 * at[-1], 0)], mode="lines", line={"color": VERMILION, "width": 2}),
+    ])  # fmt: skip
+    figure.update_xaxes(title="accuracy on many-shot classes (%)")
+    figure.update_yaxes(title="more on few-shot classes (points)")
+    shown = np.unique(np.linspace(0, len(at) - 1, LEVELS).round().astype(int))
+    rows = [[percent(at[k]), percent(reached[k]), percent(base[k]), points(reached[k] - base[k])] for k in shown]
+    return Figure(
+        name="beyond",
+        title="What the tricks add beyond τ",
+        html=draw.html(figure, "beyond"),
+        says="Area chart: tail accuracy gained over the control arm at the same head accuracy.",
+        caption="Both sides may choose trial and τ freely: at each accuracy on many-shot classes, how many points more "
+        "on few-shot classes the best of all trials has than the best of the control arm. Zero means that τ alone does "
+        f"as well. The mean over this range is {gain.mean():.1f} points, the largest {gain.max():.1f}.",
+        keys=[
+            Key("all trials and τ, over the control arm", GREEN, line=3),
+            Key("control arm and τ", VERMILION, line=2),
+        ],
+        table=Table(["many %", "few of all %", "few of control %", "difference, points"], rows),
+        height="20rem",
+    )  # fmt: skip
+
+
+def envelope(curve: Floats, at: Floats) -> Floats:
+    """The best second coordinate among points [K, 2] whose first is at least each of `at`; nan where there is none."""
+    order = np.argsort(curve[:, 0])
+    best = np.maximum.accumulate(curve[order, 1][::-1])[::-1]
+    place = np.searchsorted(curve[order, 0], at)
+    return np.where(place < len(best), best[np.minimum(place, len(best) - 1)], np.nan)
+
+
+def areas(evidence: Evidence) -> Table:
+    """Each trial's own curve: its area, and the area it adds to that of the control arm."""
+    arm = [trial.points()[:, 1:] for trial in evidence.both if trial.control]
+    base = np.concatenate(arm) if arm else np.zeros((0, 2))
+    alone = hypervolume(base)
+    rows = [
+        (trial, hypervolume(own), hypervolume(np.concatenate([base, own])) - alone)
+        for trial in evidence.both
+        for own in [trial.points()[:, 1:]]
+    ]
+    rows.sort(key=lambda row: -row[2])
+    cells = [
+        [text(trial.id), text("control" if trial.control else None), number(trial.val["tau"], ".1f"),
+         percent(trial.val["balanced"]), percent(trial.val["fitted_balanced"]), percent(area),
+         points(more if arm else None)]
+        for trial, area, more in rows
+    ]  # fmt: skip
+    columns = ["trial", "arm", "fitted τ", "balanced, raw %", "balanced, fitted %", "area of its τ curve %"]
+    return Table([*columns, "area beyond the control arm, points"], cells)

@@ -1,0 +1,190 @@
+"""Which model to ship, and how far to trust that."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from analysis import fidelity
+from analysis.cards import Card
+from analysis.estimates import ENOUGH as SPARSE
+from analysis.evidence import Evidence
+from analysis.load import Run
+from analysis.page import Deck, Light, Missing, Note, Section, Strip, blocks
+from analysis.tables import percent, signed, thousands
+from rayltr import records
+from rayltr.metrics import GROUPS
+
+TRIALS = 30
+"""With fewer finished trials the search is a sample, and effects of single tricks are guesses."""
+
+NOISY = 20
+"""With fewer validation images per rare class, differences of a few points are noise."""
+
+
+def section(evidence: Evidence, cards: Sequence[Card]) -> Section:
+    """The decision cards."""
+    if not cards:
+        return Section("ship", "Which model to ship", "Ship", [Missing("No finished trial has validation scores.")])
+    corrected = evidence.reliable
+    lead = (
+        "Estimates are corrected for having been chosen: picked again and again on part of the validation images, "
+        "scored on the rest."
+        if corrected
+        else "The scores are those that chose the models, so they flatter them; they could not be corrected here."
+    )
+    return Section("ship", "Which model to ship", "Ship", blocks(Deck(cards), Note(sizes(evidence.run))), lead)
+
+
+def sizes(run: Run) -> str:
+    """What many, medium and few mean here."""
+    n = {name: len(run.groups[name]) for name in GROUPS}
+    if run.rule == "shots":
+        return (
+            f"Many: classes with more than 100 training images ({n['many']}); medium: 20 to 100 ({n['medium']}); "
+            f"few: fewer than 20 ({n['few']}). A group's score is the mean over its classes, the balanced score that "
+            "over all classes. Every model is shown at its fitted τ and temperature: no weight is touched by that."
+        )
+    return (
+        f"Many, medium and few are thirds of the classes by number of training images ({n['many']}, {n['medium']}, "
+        f"{n['few']}), because the usual limits of 20 and 100 would leave a group empty. A group's score is the mean "
+        "over its classes. Every model is shown at its fitted τ and temperature: no weight is touched by that."
+    )
+
+
+def trust(evidence: Evidence, cards: Sequence[Card]) -> Section:
+    """The honesty strip."""
+    return Section("trust", "How far to trust this", "Trust", [Strip(facts(evidence, cards), lights(evidence))])
+
+
+def facts(evidence: Evidence, cards: Sequence[Card]) -> list[tuple[str, str]]:
+    """What was run, on what, and what is known of its noise: names and values."""
+    run = evidence.run
+    data, parts = run.info["data"], run.parts or (run,)
+    found = {
+        "Data": named(data.get("source"), "root", "fn"),
+        "Classes": thousands(len(run.counts)),
+        "Images": ", ".join(f"{thousands(n)} {split}" for split, n in (data.get("images") or {}).items()),
+        "Imbalance": f"{thousands(run.counts.max())} : {thousands(run.counts.min())} images per class",
+        "Trials": _states(run),
+        "Seeds": ", ".join(map(str, sorted({s for t in run.trials if (s := t.row["seed"]) is not None}))),
+        "Validation protocol": named(data.get("protocol"), "validation"),
+        "Validation images per class": _images(run),
+        "Optimism of the best balanced": _optimism(cards),
+        "Smallest difference that shows": _resolution(evidence),
+        "Test split opened": times(sum(len(part.info.get("openings") or []) for part in parts)),
+        "Draw of the images": str(data.get("digest") or "")[:12],
+        "Training": _effort(run),
+    }
+    return [(name, value) for name, value in found.items() if value]
+
+
+def _states(run: Run) -> str:
+    states = Counter(trial.row["state"] for trial in run.trials)
+    ended = ", ".join(f"{states[state]} {state}" for state in records.STATES if state in states)
+    return f"{len(run.trials)} ({ended})"
+
+
+def _images(run: Run) -> str:
+    if run.items is None:
+        return ""
+    by_group = {name: run.items.images[members] for name, members in run.groups.items() if len(members)}
+    return ", ".join(f"{_span(images)} {name}" for name, images in by_group.items())
+
+
+def _span(images: Any) -> str:
+    low, high = int(images.min()), int(images.max())
+    return thousands(low) if low == high else f"{thousands(low)}–{thousands(high)}"
+
+
+def _optimism(cards: Sequence[Card]) -> str:
+    claim = next((claim for card in cards for claim in card.claims if claim.score == "balanced"), None)
+    if claim is None or math.isnan(claim.optimism):
+        return ""
+    return f"{signed(claim.optimism)} points"
+
+
+def _resolution(evidence: Evidence) -> str:
+    """Twice the usual paired deviation from the best."""
+    if not evidence.paired or evidence.best is None or len(evidence.trials) < 2:
+        return ""
+    others = np.delete(evidence.spread[evidence.best], evidence.best)
+    return f"about {100 * 1.96 * float(np.median(others)):.1f} points balanced"
+
+
+def _effort(run: Run) -> str:
+    done = fidelity.effort(run.rows)
+    return f"{thousands(done.trained)} of {thousands(done.asked)} epochs asked" if done.asked and not run.parts else ""
+
+
+def lights(evidence: Evidence) -> list[Light]:
+    """What a reader must know before believing the numbers, the worst first."""
+    run = evidence.run
+    found = _images_missing(run) + _search(evidence) + _rungs(run)
+    parts = run.parts or (run,)
+    found += [Light("amber", str(text)) for text in dict.fromkeys(
+        text for part in parts for text in part.info["data"].get("warnings") or [])]  # fmt: skip
+    found += [Light("amber", trial.problem) for trial in run.trials if trial.problem]
+    return sorted(found, key=lambda light: light.level != "red")
+
+
+def _images_missing(run: Run) -> list[Light]:
+    found = []
+    if empty := [name for name in GROUPS if not len(run.groups[name])]:
+        found.append(Light("amber", f"No class belongs to: {', '.join(empty)}. Scores of such a group are left empty."))
+    if run.items is None:
+        return [*found, Light("red", "No predictions are stored: there are no intervals and no corrections.")]
+    images = run.items.images
+    if len(run.unmeasured):
+        found.append(Light("red", f"{len(run.unmeasured)} of {len(images)} classes have no validation images: they are "
+                           "unmeasured, and every mean is over the others."))  # fmt: skip
+    sparse = int(((images < SPARSE) & (images > 0)).sum())
+    if sparse:
+        found.append(Light("red", f"{sparse} classes have fewer than {SPARSE} validation images: what is said of the "
+                           "tail is unreliable."))  # fmt: skip
+    rare = images[run.groups["few"]]
+    if not sparse and len(rare) and rare[rare > 0].min(initial=NOISY) < NOISY:
+        least = int(rare[rare > 0].min())
+        found.append(Light("amber", f"Rare classes have as few as {least} validation images; with fewer than {NOISY}, "
+                           "differences of some points between trials are noise."))  # fmt: skip
+    return found
+
+
+def _search(evidence: Evidence) -> list[Light]:
+    run, found = evidence.run, []
+    if "control" not in run.chosen:
+        found.append(Light("red", "No control arm finished: without plain cross-entropy, nothing here shows what the "
+                           "tricks add."))  # fmt: skip
+    if evidence.trials and all(len(alike) == 1 for alike in evidence.recipes.values()):
+        found.append(Light("amber", "No recipe was trained with more than one seed: the intervals are of the "
+                           "validation images alone, another seed may rank close trials differently."))  # fmt: skip
+    if 0 < len(run.finished) < TRIALS:
+        found.append(Light("amber", f"Only {len(run.finished)} trials finished; below {TRIALS} the best may be far "
+                           "from what the search could find, and effects of tricks are guesses."))  # fmt: skip
+    missing = len(run.finished) - len(run.measured)
+    if run.measured and missing:
+        found.append(Light("amber", f"{missing} finished trials have no usable predictions: they are in the table of "
+                           "all trials, and nowhere else."))  # fmt: skip
+    return found
+
+
+def _rungs(run: Run) -> list[Light]:
+    return [
+        Light("amber", f"Short schedules ({percent(one.low, 0).text} % of the full length) ranked recipes poorly: "
+              f"Kendall's τ {one.tau:.2f} over {one.recipes} recipes. Good ones may have been dropped.")
+        for one in fidelity.agreement(run.rows)
+        if one.family is None and one.poor
+    ]  # fmt: skip
+
+
+def named(value: Any, *keys: str) -> str:
+    """A value that is written as a name, or as a mapping with its name under one of the keys."""
+    if isinstance(value, dict):
+        value = next((value[key] for key in keys if key in value), None)
+    return "" if value is None else str(value)
+
+
+def times(n: int) -> str:
+    return {0: "never", 1: "once"}.get(n, f"{n} times")

@@ -1,0 +1,137 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from analysis import cards, estimates
+from analysis.cards import LOSS, export
+from analysis.evidence import Evidence
+from analysis.load import load
+from rayltr import records
+from tests.analysis.conftest import change, make_run
+
+
+@pytest.fixture(scope="module")
+def evidence(shared: Path) -> Evidence:
+    return Evidence(load(shared))
+
+
+@pytest.fixture(scope="module")
+def deck(evidence: Evidence) -> list[cards.Card]:
+    return cards.cards(evidence, evidence.ensembles)
+
+
+def claims(deck: list[cards.Card]) -> dict[str, tuple[cards.Card, cards.Claim]]:
+    return {claim.question: (card, claim) for card in deck for claim in card.claims}
+
+
+def test_there_are_at_most_five_cards_and_every_question_has_one_answer(deck):
+    asked = [claim.question for card in deck for claim in card.claims]
+    assert len(deck) <= 5 and len(asked) == len(set(asked)) == 5
+    assert asked[0] == "Best on balance" and asked[-1] == "Best ensemble"
+
+
+def test_the_choices_are_those_that_the_questions_ask_for(evidence, deck):
+    found, points, c = claims(deck), evidence.points, evidence.control
+    assert evidence.trials[c].control
+    name = {question.split(",")[0]: card.name for question, (card, _) in found.items()}
+    ids = [trial.id for trial in evidence.trials]
+    assert name["Best on balance"] == evidence.run.chosen["balanced"].id
+    tail = points["few"] * (points["many"] >= points["many"][c] - LOSS)
+    assert points["few"][ids.index(name["Best tail"])] == tail.max()
+    head = points["many"] * (points["few"] >= points["few"][c])
+    assert points["many"][ids.index(name["Best head"])] == head.max()
+
+
+def test_the_cheapest_of_the_equivalent_is_within_the_noise_of_the_best(evidence, deck):
+    card, claim = claims(deck)["Cheapest that cannot be told from the best"]
+    i, best = [trial.id for trial in evidence.trials].index(card.name), evidence.best
+    gap = evidence.points["balanced"][best] - evidence.points["balanced"][i]
+    near = evidence.points["balanced"] >= evidence.points["balanced"][best] - 1.96 * evidence.spread[best]
+    assert gap <= 1.96 * evidence.spread[best, i] and evidence.costs[i] == evidence.costs[near].min()
+    assert near.sum() > 1 and claim.rivals >= 1
+
+
+def test_being_chosen_flatters_and_the_correction_takes_it_off(deck):
+    for card, claim in claims(deck).values():
+        assert claim.corrected is not None
+        assert claim.corrected.low < claim.corrected.value < claim.corrected.high or claim.score == "many"
+        if "ensemble" not in claim.question.lower():
+            assert card.scores[claim.score].value == claim.raw
+    _, best = claims(deck)["Best on balance"]
+    assert 0 < best.optimism < 0.05
+
+
+def test_a_card_compares_with_the_control_image_by_image(evidence, deck):
+    card, _ = claims(deck)["Best on balance"]
+    gain = card.beyond["balanced"]
+    i = [trial.id for trial in evidence.trials].index(card.name)
+    expected = evidence.points["balanced"][i] - evidence.points["balanced"][evidence.control]
+    assert gain is not None and gain.value == pytest.approx(expected) and gain.low < expected < gain.high
+    apart = card.scores["balanced"].high - card.scores["balanced"].low
+    assert gain.high - gain.low < 1.5 * apart, "pairs share their images"
+
+
+def test_what_cannot_be_told_apart_is_said_and_the_cheapest_named(evidence, deck):
+    card, claim = claims(deck)["Best on balance"]
+    assert claim.rivals and claim.cheapest
+    (note,) = [note for note in card.notes if "balanced" in note]
+    assert f"not distinguishable from {claim.rivals} other trial" in note and claim.cheapest in note
+
+
+def test_the_commands_export_what_the_card_shows(evidence, deck):
+    for card in deck[:-1]:
+        assert (
+            card.command
+            == f"python -m rayltr.export {evidence.run.folder} --trial {card.name} --out export-{card.name}"
+        )
+    assert deck[-1].command.endswith("--ensemble --out export-ensemble")
+    trial = evidence.trials[0]
+    spaced = type(trial)(**{**vars(trial), "folder": "/a b/run"})
+    assert "'/a b/run'" in export(spaced)
+
+
+def test_the_ensemble_is_never_below_its_best_member_on_all_images(evidence, deck):
+    card, claim = claims(deck)["Best ensemble"]
+    assert evidence.ensembles.single is not None and evidence.ensembles.ensemble is not None
+    assert evidence.ensembles.ensemble.nll <= evidence.ensembles.single.nll
+    assert claim.raw == evidence.ensembles.ensemble.balanced
+    assert ("Recommended" in card.notes[0]) == (evidence.ensembles.recommended == "ensemble")
+
+
+def test_without_a_control_the_best_trial_is_the_measure(small: Path):
+    for number in (0, 4):
+        change(small, number, **{"p.arm": "study"})
+    evidence = Evidence(load(small))
+    asked = [claim.question for card in cards.cards(evidence) for claim in card.claims]
+    assert any("below the best balanced model" in question for question in asked)
+    assert all(gain is None for card in cards.cards(evidence) for gain in card.beyond.values())
+
+
+def test_with_few_images_per_class_nothing_is_corrected(tmp_path: Path):
+    evidence = Evidence(load(make_run(tmp_path / "run", trials=6, classes=12, each=3)))
+    assert not evidence.reliable
+    for card in cards.cards(evidence):
+        assert all(claim.corrected is None and np.isnan(claim.optimism) for claim in card.claims)
+
+
+def test_several_seeds_of_a_recipe_widen_its_interval(small: Path):
+    rows = records.read_trials(small).to_pylist()
+    alone = Evidence(load(small))
+    at = [trial.id for trial in alone.trials].index("0001")
+    assert alone.recipes[at] == [at]
+    same = {name: value for name, value in rows[1].items() if name.startswith("p.")}
+    for number in (2, 3):
+        change(small, number, **same, seed=number)
+    found = Evidence(load(small))
+    at = [trial.id for trial in found.trials].index("0001")
+    after = found.estimate(at, "balanced")
+    alike = found.recipes[at]
+    assert sorted(found.trials[i].id for i in alike) == ["0001", "0002", "0003"]
+    assert after == estimates.seeds([found.samples["balanced"][:, i] for i in alike])
+    shown = {card.name: card.facts.get("Seeds") for card in cards.cards(found)}
+    assert all(seeds == ("3" if name in ("0001", "0002", "0003") else None) for name, seeds in shown.items())
+
+
+def test_nothing_finished_is_no_card(tmp_path: Path):
+    assert cards.cards(Evidence(load(make_run(tmp_path / "run", trials=2, classes=12, failed=2)))) == []

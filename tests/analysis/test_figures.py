@@ -1,0 +1,117 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from analysis.evidence import Evidence
+from analysis.figures import classes, draw, fronts, taus, tricks
+from analysis.load import load
+from analysis.sections import why
+from rayltr.metrics import TAUS
+from tests.analysis.conftest import change
+
+
+@pytest.fixture(scope="module")
+def evidence(shared: Path) -> Evidence:
+    return Evidence(load(shared))
+
+
+def values(table, column: str) -> np.ndarray:
+    at = table.columns.index(column)
+    return np.array([row[at].value for row in table.rows], float)
+
+
+def test_the_front_listed_is_not_dominated_and_has_shares_and_intervals(evidence: Evidence):
+    points = np.concatenate([trial.points()[:, 1:] for trial in evidence.both])
+    assert len(evidence.front) > 3
+    for spot in evidence.front:
+        many, few = spot.scores["many"], spot.scores["few"]
+        assert not ((points[:, 0] > many.value + 1e-9) & (points[:, 1] > few.value + 1e-9)).any()
+        assert 0 < spot.share <= 1 and many.low <= many.value <= many.high
+        k = int(np.abs(spot.trial.curve["tau"] - spot.tau).argmin())
+        assert spot.trial.curve["few"][k] == pytest.approx(few.value)
+
+
+def test_the_front_figure_lists_front_fitted_and_raw(evidence: Evidence):
+    figure = fronts.head_tail(evidence, {"many": 0.8, "medium": 0.7, "few": 0.6})
+    assert figure is not None
+    kinds = [row[0].text for row in figure.table.rows]
+    assert kinds.count("fitted") == kinds.count("raw") == 15 and kinds.count("front") == len(evidence.front)
+    assert "best ensemble" in [key.text for key in figure.keys]
+
+
+def test_the_area_grows_with_the_trials_and_exceeds_that_of_the_control(evidence: Evidence):
+    figure = fronts.growth(evidence)
+    assert figure is not None
+    area = values(figure.table, "area %")
+    assert area[-2] > area[0] and area[-2] > area[-1], "the last row is the control arm"
+    assert evidence.area([]) is None
+
+
+def test_the_envelope_is_the_best_that_any_point_reaches():
+    rng = np.random.default_rng(0)
+    curve, at = rng.uniform(size=(50, 2)), np.linspace(0, 1.1, 23)
+    expected = [max((y for x, y in curve if x >= level), default=np.nan) for level in at]
+    np.testing.assert_array_equal(taus.envelope(curve, at), expected)
+
+
+def test_tau_curves_are_compared_with_the_control_arm_at_every_tau(evidence: Evidence):
+    figure = taus.along_tau(evidence)
+    assert figure is not None and len(figure.table.rows) == len(TAUS)
+    for kind, trials in (
+        ("all trials %", evidence.trials),
+        ("control arm %", [t for t in evidence.trials if t.control]),
+    ):
+        best = np.max([trial.curve["balanced"] for trial in trials if trial.curve], axis=0)
+        np.testing.assert_allclose(values(figure.table, kind), best)
+    gain = taus.beyond(evidence)
+    assert gain is not None and (values(gain.table, "difference, points") >= 0).all()
+
+
+def test_a_trial_that_slides_along_the_control_adds_nothing(small: Path):
+    loaded = load(small)
+    control, twin = loaded.trials[4], loaded.trials[1]
+    change(small, 1, predictions_val=control.row["predictions_val"],
+           **{f"m.val.{name}": value for name, value in control.val.items()})  # fmt: skip
+    table = taus.areas(Evidence(load(small)))
+    rows = {row[0].text: row[-1].value for row in table.rows}
+    assert rows[twin.id] == rows[control.id] == 0 and max(rows.values()) > 0  # type: ignore[type-var]
+
+
+def test_the_class_figures_show_best_and_control(evidence: Evidence):
+    figure, gap = classes.by_frequency(evidence), classes.difference(evidence)
+    assert figure is not None and gap is not None
+    best, control = (classes.drawn(evidence)[kind].per_class for kind in ("best", "control"))
+    np.testing.assert_array_equal(values(figure.table, "best %"), best)
+    np.testing.assert_allclose(values(figure.table, "difference, points"), best - control)
+    assert values(gap.table, "difference, points").mean() == pytest.approx((best - control).mean(), abs=0.01)
+
+
+def test_the_worst_classes_are_the_worst_in_order(evidence: Evidence):
+    worst = values(classes.worst(evidence, 5), "best %")
+    np.testing.assert_array_equal(worst, np.sort(classes.drawn(evidence)["best"].per_class)[:5])
+    share = values(classes.confused(evidence), "share of its images %")
+    assert len(share) and (np.diff(share) <= 0).all()
+
+
+def test_effects_are_listed_for_every_score(evidence: Evidence):
+    found = why.by_score(evidence)
+    assert list(found) == ["balanced", "many", "medium", "few", "balanced, raw"]
+    figure = tricks.forest(found)
+    assert figure is not None
+    assert {"balanced, points", "few, points", "balanced, raw, points"} <= set(figure.table.columns)
+    names = {row[0].text for row in figure.table.rows}
+    assert "loss" in names and "arm" not in names
+
+
+def test_colours_and_marks_tell_kinds_apart_on_their_own(evidence: Evidence):
+    figure = fronts.head_tail(evidence, {"many": 0.8, "medium": 0.7, "few": 0.6})
+    assert figure is not None
+    marks = [(key.symbol, key.line > 0, key.dash) for key in figure.keys]
+    assert len(set(marks)) == len(marks), "without any colour"
+
+
+def test_log_ticks_are_round_and_cover_the_range():
+    ticks = draw.log_ticks(5, 500)
+    assert ticks["tickvals"] == [5, 10, 20, 50, 100, 200, 500, 1000] and ticks["ticktext"][-1] == "1\u2009000"
+    assert draw.log_ticks(5, 20) == {}
