@@ -117,7 +117,8 @@ def agreement(rows: Iterable[Row]) -> list[Agreement]:
     rows: of the trials table.  Only the best of a rung are promoted, so this is lower than over all recipes.  A low
     value of one family alone is the sign of tricks that gain late and that a short schedule ranks too low.
     """
-    done = [row for row in rows if row["state"] == "complete" and math.isfinite(_number(row["objective"]))]
+    alone = (row for row in rows if row["state"] == "complete" and not choice.repeated(row))
+    done = [row for row in alone if math.isfinite(_number(row["objective"]))]
     by_rung: dict[int, dict[int, Row]] = {}
     for row in done:
         by_rung.setdefault(choice.rung_of(row), {})[row["number"]] = row

@@ -28,7 +28,8 @@ class Job:
     """One recipe at one length.
 
     number: of the proposal; rung: from 0.  asked: Optuna's number of the proposal.  stage: the completed chain, None
-    when the point is no valid chain (`broken` says why).  again: it is repeated, alone on its machines.
+    when the point is no valid chain (`broken` says why).  again: it is repeated, alone on its machines.  seed: added
+    to the search's, for a finalist.
     """
 
     number: int
@@ -38,11 +39,12 @@ class Job:
     stage: Stage | None = field(default=None, compare=False)
     broken: str | None = None
     again: bool = False
+    seed: int = 0
 
     @property
     def trial(self) -> str:
-        """The identifier in the records: 0007, and on higher rungs 0007.1, 0007.2."""
-        return f"{self.number:04d}" + (f".{self.rung}" if self.rung else "")
+        """The identifier in the records: 0007, on higher rungs 0007.1, 0007.2, with other seeds 0007+1, 0007+2."""
+        return f"{self.number:04d}" + (f".{self.rung}" if self.rung else "") + (f"+{self.seed}" if self.seed else "")
 
     @property
     def arm(self) -> Any:

@@ -1,7 +1,7 @@
 """Which trials a run would ship, from its records alone."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 BEST = {
@@ -11,20 +11,41 @@ BEST = {
 }
 """The choices on offer: the validation score that decides, and the one that breaks ties (all at fitted tau)."""
 
+SEEDS = 3
+"""Fresh seeds of each finalist."""
+
 
 def best(rows: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """The best trial of full length by balanced, many and few accuracy, and the best of the control arm (`control`).
 
-    A trial that is worse than the control on balance is no choice, however good it is at one end.
+    A trial that is worse than the control on balance is no choice, however good it is at one end; nor is one that
+    repeats another with a seed of its own.
     rows: of the trials table.  A choice that no trial allows (no finite score) is absent.
     """
-    done = [row for row in rows if row["state"] == "complete" and whole(row)]
+    done = [row for row in rows if row["state"] == "complete" and whole(row) and not repeated(row)]
     control = top([row for row in done if row.get("p.arm") == "control"], *BEST["balanced"])
     floor = score(control, "fitted_balanced") if control else 0.0
     worthy = [row for row in done if score(row, "fitted_balanced") >= floor]
     found = {name: top(worthy, *scores) for name, scores in BEST.items()}
     found["control"] = control
     return {name: row for name, row in found.items() if row is not None}
+
+
+def finalists(rows: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
+    """The trials to train again with other seeds: what a run would ship, then the best by balanced accuracy.
+
+    Of these `most`, and the best of the control arm beside them.
+    """
+    if not most:
+        return []
+    choices = best(rows)
+    control = choices.pop("control", None)
+    done = [row for row in rows if row["state"] == "complete" and whole(row) and not repeated(row)]
+    measured = [row for row in done if math.isfinite(score(row, "fitted_balanced"))]
+    ranked = sorted(measured, key=lambda row: -score(row, "fitted_balanced"))
+    found = {row["trial"]: row for row in (*choices.values(), *ranked)}
+    kept = dict(list(found.items())[:most])
+    return list((kept | ({control["trial"]: control} if control else {})).values())
 
 
 def share(row: Mapping[str, Any]) -> float:
@@ -39,7 +60,12 @@ def whole(row: Mapping[str, Any]) -> bool:
 
 def rung_of(row: Mapping[str, Any]) -> int:
     """The rung of a row of the trials table: 0007 is on the lowest, 0007.1 on the next."""
-    return int(row["trial"].partition(".")[2] or 0)
+    return int(row["trial"].partition("+")[0].partition(".")[2] or 0)
+
+
+def repeated(row: Mapping[str, Any]) -> bool:
+    """Whether a trial is another one with a seed of its own: 0007+1, 0007+2."""
+    return "+" in row["trial"]
 
 
 def top(rows: Iterable[Mapping[str, Any]], first: str, second: str) -> Mapping[str, Any] | None:

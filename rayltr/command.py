@@ -25,7 +25,7 @@ USAGE, PREFLIGHT, FAILED, INTERRUPTED = 2, 3, 4, 130
 
 LEAST = {
     **dict.fromkeys(("trials", "epochs", "batch", "workers", "cpus_per_trial", "threads", "size", "ratio"), 1),
-    **dict.fromkeys(("concurrent", "gpus_per_trial", "seed", "imbalance_seed", "snapshot_seconds"), 0),
+    **dict.fromkeys(("concurrent", "finalists", "gpus_per_trial", "seed", "imbalance_seed", "snapshot_seconds"), 0),
 }
 """The smallest value of each option that is a number."""
 

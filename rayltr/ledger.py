@@ -27,7 +27,8 @@ class Settings:
     """A whole search: what (plan to fidelity) and where (the rest).  Plain values, so that it pickles.
 
     trials: proposals in all.  start: presets that are proposed first.  warm: folders of other runs to learn from.
-    ahead: proposals drawn in advance to begin with what is trained already.  cpus, gpus: per worker process.
+    ahead: proposals drawn in advance to begin with what is trained already.  finalists: recipes that are trained again
+    with other seeds at the end.  cpus, gpus: per worker process.
     concurrent: trials at once, 0 for as many as fit.
     """
 
@@ -40,6 +41,7 @@ class Settings:
     start: tuple[str, ...] | None = None
     warm: tuple[str, ...] = ()
     ahead: int = 0
+    finalists: int = 0
     workers: int = 1
     cpus: int = 1
     gpus: float = 0.0
@@ -48,9 +50,10 @@ class Settings:
     dashboard: bool = True
     snapshot_s: float = 10.0
 
-    def at(self, rung: int) -> "Settings":
-        """The settings of the trials of a rung."""
-        return replace(self, plan=rungs(self.plan, self.fidelity)[rung])
+    def at(self, rung: int, seed: int = 0) -> "Settings":
+        """The settings of the trials of a rung, with a seed that much beyond the search's."""
+        plan = rungs(self.plan, self.fidelity)[rung]
+        return replace(self, plan=replace(plan, seed=(plan.seed or 0) + seed))
 
 
 @dataclass
@@ -158,7 +161,7 @@ class Ledger:
             return self.agenda.dropped(job)
         found = reached(row, self.settings.objectives)
         self.agenda.ended(job, self.proposals.judged(found))
-        if not job.rung:
+        if not job.rung and not job.seed:
             self.proposals.tell(job.asked, found)
 
     def broken(self, error: Exception) -> None:
@@ -177,7 +180,7 @@ def trial_row(settings: Settings, job: Job, result: Mapping[str, Any]) -> dict[s
         "number": job.number,
         "state": result["state"],
         "address": result.get("address"),
-        "seed": settings.plan.seed,
+        "seed": (settings.plan.seed or 0) + job.seed,
         "classes": result.get("classes"),
         "epochs_asked": asked,
         "epochs_trained": result.get("trained", 0),

@@ -33,7 +33,7 @@ class Progress:
         self.console.print(text, markup=False)
 
     def begin(self, trials: int, concurrent: int) -> None:
-        self.left, self.said = trials, time.monotonic()
+        self.left, self.said = len(self.rows) + trials, time.monotonic()
         self.say(f"{trials} trials to run, {concurrent} at once")
         if self.console.is_terminal:
             self.live = Live(console=self.console, refresh_per_second=2, get_renderable=self._table)

@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 
 from rayltr import records
 from rayltr.agenda import Agenda, Job, Values
-from rayltr.choice import rung_of
+from rayltr.choice import repeated, rung_of
 from rayltr.objectives import OBJECTIVES, direction, values
 from rayltr.sampling import number
 from rayltr.spec import parse
@@ -41,7 +41,7 @@ class Proposals:
         self.space = find(plans[-1].study)
         self.study = journal(run, self.objectives)
         self.study.sampler = sampler
-        self._reopen({row["number"]: row for row in ended(run) if not rung_of(row)})
+        self._reopen({row["number"]: row for row in ended(run) if not rung_of(row) and not repeated(row)})
         known = self.study.user_attrs.get("numbers", 0)
         for position, point in enumerate(laid_out(trials, starts if not known else ())):
             if position >= known:
@@ -61,7 +61,7 @@ class Proposals:
         """The agenda of what is left to do."""
         made = Agenda(self.propose, self.promoted, FIDELITIES[fidelity], ahead)
         made.asked_all = not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        for row in ended(self.run):
+        for row in (row for row in ended(self.run) if not repeated(row)):
             params = {key[2:]: value for key, value in row.items() if key.startswith("p.") and value is not None}
             stage = parse(json.loads(row["recipe"])) if row["recipe"] else None
             made.ended(

@@ -5,6 +5,7 @@ The run folder it leaves is that of a search with one trial: reports, exports an
 
 import argparse
 import json
+import re
 import shutil
 import time
 import traceback
@@ -134,8 +135,8 @@ def recorded(run: Path, trial: str | None) -> Mapping[str, Any]:
     """The row of a trial in a run's records.  Raises ValueError for what is no run, or listing the trials it has."""
     records.read_run(run)
     rows = {row["trial"]: row for row in records.read_trials(run).to_pylist()}
-    if trial:  # 7.1 is 0007.1
-        trial = ".".join([trial.partition(".")[0].zfill(4), *trial.split(".")[1:]])
+    if trial:  # 7.1 is 0007.1, and 7+1 is 0007+1
+        trial = re.sub(r"^\d+", lambda number: number[0].zfill(4), trial)
     if trial is None or trial not in rows:
         raise ValueError(f"which --trial? {run} has {', '.join(sorted(rows)) or 'no trials'}")
     if not rows[trial]["recipe"]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from rayltr import command, objectives, records, studies
 from rayltr.catalogue import names, nearest
+from rayltr.choice import SEEDS, finalists, repeated
 from rayltr.command import FAILED, INTERRUPTED, Refused
 from rayltr.data.images import cpus
 from rayltr.progress import Progress
@@ -55,6 +56,8 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--sampler", choices=("tpe", "nsga2", "nsga3", "gp", "quasi", "random"), default="tpe",
                        help="what proposes, after a balanced design of 30 %% of the trials (default tpe)")  # fmt: skip
     group.add_argument("--fidelity", choices=("auto", *studies.FIDELITIES), default="auto", help=FIDELITY)
+    group.add_argument("--finalists", type=int, default=0, metavar="K",
+                       help=f"train the best K (and the best control) with {SEEDS} more seeds (default 0)")  # fmt: skip
     group.add_argument("--start", metavar="PRESET,...", help="presets to try first (default: the first of the study)")
     group.add_argument(
         "--warm-start", nargs="+", default=[], metavar="RUN", help="learn from the records of other runs"
@@ -195,7 +198,7 @@ def begin(run: Path, options: Any, study: Study, settled: Mapping, data: Any, ar
         info = records.read_run(run)
         if info.get("settled") != settled or (run / f"{study.name}.py").read_bytes() != study.file.read_bytes():
             raise Refused(f"{run} is a run with other arguments, data or study; choose another --name")
-        ended, wanted = records.read_trials(run).num_rows, studies.jobs(options.trials, options.fidelity)
+        ended, wanted = counted(run, options)
         if ended < wanted and not options.resume:
             have = f"{run} has {ended} of {wanted} trials"
             raise Refused(f"{have}; go on with --resume, or choose another --name")
@@ -208,13 +211,22 @@ def begin(run: Path, options: Any, study: Study, settled: Mapping, data: Any, ar
     return True
 
 
+def counted(run: Path, options: argparse.Namespace) -> tuple[int, int]:
+    """How many trainings of a run are over, and how many its command asks for; the finalists once they are known."""
+    rows = records.read_trials(run).to_pylist()
+    ended, wanted = sum(not repeated(row) for row in rows), studies.jobs(options.trials, options.fidelity)
+    if ended < wanted:
+        return ended, wanted
+    return len(rows), wanted + SEEDS * len(finalists(rows, options.finalists))
+
+
 def searched(run: Path, new: bool, options: Any, plan: Plan, aims: tuple[str, ...], progress: Progress) -> bool:
     """Runs the search; whether it came to its end.  A new run that the machines refuse leaves nothing behind."""
     tuning = import_module("rayltr.tuning")  # Ray and Optuna, only now that everything is known to be possible
     settings = tuning.Settings(
         run=str(run), plan=plan, trials=options.trials, objectives=aims, sampler=options.sampler,
         fidelity=options.fidelity, start=presets(options), warm=tuple(options.warm_start),
-        ahead=AHEAD * options.prefer_stored,
+        ahead=AHEAD * options.prefer_stored, finalists=options.finalists,
         workers=options.workers, cpus=options.cpus_per_trial,
         gpus={None: -1.0, "auto": tuning.PROBE}.get(options.gpus_per_trial, options.gpus_per_trial),
         concurrent=options.concurrent, address=options.address, dashboard=not options.no_dashboard,

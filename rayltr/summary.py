@@ -14,7 +14,7 @@ from analysis import fidelity
 from analysis.load import load
 from analysis.pareto import front
 from rayltr import records
-from rayltr.choice import best, score
+from rayltr.choice import best, repeated, score
 from rayltr.progress import Progress, described
 
 HEADS = ("balanced", "many", "medium", "few")
@@ -34,6 +34,8 @@ def finished(run: Path, progress: Progress, before: int) -> int:
         progress.say("\n".join(map(agreed, rungs)))
     if chosen:
         progress.say(f"\n{table(chosen)}\n\n{front_table(run)}\n")
+    if seeds := finalists_table(rows):
+        progress.say(f"{seeds}\n")
     run = Path(os.path.relpath(run)) if run.is_relative_to(Path.cwd()) else run
     report = import_module("analysis.report").write(run)  # plotly, only now that there is something to draw
     progress.say(f"report: {report}")
@@ -76,6 +78,30 @@ def table(chosen: Mapping[str, Mapping[str, Any]]) -> str:
         lines.append(f"{name:12}{row['trial']}" + "".join(f"{cell:>15}" for cell in cells))
     recipes = {row["trial"]: described(row) for row in chosen.values()}
     return "\n".join([*lines, "", *(f"{trial}: {recipe}" for trial, recipe in sorted(recipes.items()))])
+
+
+def finalists_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Mean and standard deviation of the balanced accuracy of every finalist over its fresh seeds; "" without any."""
+    seeds: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if repeated(row) and row["state"] == "complete":
+            seeds.setdefault(row["trial"].partition("+")[0], []).append(row)
+    lines = []
+    for trial, own in seeds.items():
+        val = [score(row, "fitted_balanced") for row in own]
+        test = [row.get("m.test.fitted_balanced") for row in own]
+        known = [value for value in test if value is not None]
+        lines.append(f"{trial:10}{len(own):7}{spread(val):>18}{spread(known):>18}")
+    head = f"finalists  seeds{'validation':>18}{'test':>18}   % balanced, mean and s.d. over fresh seeds"
+    return "\n".join([head, *lines]) if lines else ""
+
+
+def spread(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    return (
+        f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else percent(values[0])
+    )
 
 
 def front_table(run: Path) -> str:

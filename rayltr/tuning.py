@@ -14,7 +14,6 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,16 @@ import ray
 from ray import tune
 from ray.tune.search import Searcher
 
-from rayltr import claims, records, sampling
+from rayltr import claims, finalists, records, sampling
 from rayltr.boards import Boards
-from rayltr.choice import best
+from rayltr.choice import repeated
 from rayltr.command import INTERRUPTED
 from rayltr.ledger import Ledger, Settings
 from rayltr.machines import DRIVER, OWN_CPU, PROBE, Shortage, connect, fitted, gone, share_of_gpu
 from rayltr.progress import Progress
 from rayltr.proposals import Proposals, ended
 from rayltr.studies import find, jobs, rungs
+from rayltr.unsealing import sealed, unseal
 
 __all__ = ["Settings", "Shortage", "search"]
 
@@ -50,7 +50,7 @@ def run_trial(config: dict[str, Any], settings: Settings) -> None:
         # torch belongs in the actor: importing it in the driver would delay every start by seconds
         place = import_module("rayltr.cluster" if settings.workers > 1 else "rayltr.trial")
         report = lambda record: tune.report({**facts, **record})  # noqa: E731
-        found = place.for_search(settings.at(config["rung"]), config["trial"], config["params"], report)
+        found = place.for_search(settings.at(config["rung"], config["seed"]), config["trial"], config["params"], report)
     except Exception as error:
         what = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
         tune.report({**facts, "final": 1, "state": verdict(error), **what})
@@ -76,7 +76,7 @@ class Agent(Searcher):
         job = self.ledger.begin(trial_id)
         if job is None:
             return Searcher.FINISHED if self.ledger.over() else None
-        return {"trial": job.trial, "rung": job.rung, "params": job.params, "broken": job.broken}
+        return {"trial": job.trial, "rung": job.rung, "seed": job.seed, "params": job.params, "broken": job.broken}
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         node = self.ledger.nodes.get(trial_id)
@@ -147,8 +147,24 @@ def searched(settings: Settings, progress: Progress) -> bool:
     if settings.warm:
         progress.say(sampling.warm(proposals.study, space, settings.warm, settings.objectives, same(settings.run)))
     agenda = proposals.agenda(settings.fidelity, settings.ahead)
-    if agenda.finished() and not sealed(settings.run):
+    if agenda.finished() and not finalists.jobs(proposals, settings.finalists, seed) and not sealed(settings.run):
         return True
+    settings = placed(settings, progress)
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    left = jobs(settings.trials, settings.fidelity) - sum(not repeated(row) for row in ended(settings.run))
+    if not trained(settings, Ledger(settings, proposals, agenda, progress, Boards(settings.run)), left):
+        return False
+    more = finalists.jobs(proposals, settings.finalists, seed)
+    final = Ledger(settings, proposals, finalists.agenda(more), progress, Boards(settings.run))
+    if more and not trained(settings, final, len(more)):
+        return False
+    unseal(settings, progress)
+    shutil.rmtree(Path(settings.run) / "ray", ignore_errors=True)
+    return True
+
+
+def placed(settings: Settings, progress: Progress) -> Settings:
+    """Starts or joins Ray, and settles how many trials run at once, with which share of a GPU."""
     if dashboard := connect(settings.address, settings.dashboard):
         progress.say(f"Ray dashboard: http://{dashboard} (if it asks for a token: ray get-auth-token)")
     if settings.gpus == PROBE:
@@ -157,29 +173,29 @@ def searched(settings: Settings, progress: Progress) -> bool:
     gpus, concurrent, now = fitted(settings.cpus, settings.gpus, settings.workers, settings.concurrent, growing)
     if not now:
         progress.say("no machine of the cluster holds a trial yet; waiting for it to grow (if it cannot: Ctrl-C)")
-    settings = replace(settings, gpus=gpus, concurrent=concurrent)
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    if not agenda.finished():
-        ledger = Ledger(settings, proposals, agenda, progress, Boards(settings.run))
-        progress.begin(jobs(settings.trials, settings.fidelity) - len(ended(settings.run)), concurrent)
+    return replace(settings, gpus=gpus, concurrent=concurrent)
+
+
+def trained(settings: Settings, ledger: Ledger, left: int) -> bool:
+    """Runs an agenda; whether it came to its end.  left: how many trials are to be announced."""
+    progress = ledger.progress
+    if ledger.agenda.finished():
+        return True
+    progress.begin(left, settings.concurrent)
+    claims.go_on(settings.run)
+    signal.signal(signal.SIGINT, lambda *_: leave(ledger, progress))
+    try:
+        tuner(settings, ledger).fit()
+    finally:
+        signal.signal(signal.SIGINT, (lambda *_: at_once()) if ledger.leaving else signal.default_int_handler)
+        progress.close()
+        ledger.boards.close()
         claims.go_on(settings.run)
-        signal.signal(signal.SIGINT, lambda *_: leave(ledger, progress))
-        try:
-            tuner(settings, ledger).fit()
-        finally:
-            signal.signal(signal.SIGINT, (lambda *_: at_once()) if ledger.leaving else signal.default_int_handler)
-            progress.close()
-            ledger.boards.close()
-            claims.go_on(settings.run)
-        if ledger.error:
-            if not isinstance(ledger.error, OSError):
-                raise ledger.error
-            progress.say(f"the run cannot be written: {ledger.error}")
-        if ledger.error or ledger.open or not agenda.finished():
-            return False
-    unseal(settings, progress)
-    shutil.rmtree(Path(settings.run) / "ray", ignore_errors=True)
-    return True
+    if ledger.error:
+        if not isinstance(ledger.error, OSError):
+            raise ledger.error
+        progress.say(f"the run cannot be written: {ledger.error}")
+    return not ledger.error and not ledger.open and ledger.agenda.finished()
 
 
 def measured(settings: Settings, progress: Progress) -> float:
@@ -227,39 +243,6 @@ def same(run: str) -> Callable[[dict[str, Any]], bool]:
     what = ("source", "epochs", "fidelity", "batch", "backbone", "precision")
     mine = records.read_run(run)["settled"]
     return lambda info: all(info.get("settled", {}).get(name) == mine.get(name) for name in what)
-
-
-def sealed(run: str) -> list[dict[str, Any]]:
-    """The trials that would be shipped and have not met the test split yet."""
-    chosen = {row["trial"]: dict(row) for row in best(records.read_trials(run).to_pylist()).values()}
-    return [row for row in chosen.values() if not row["predictions_test"]]
-
-
-def unseal(settings: Settings, progress: Progress) -> None:
-    """Opens the test split for the chosen trials, once, and notes it in the records and in run.json."""
-    rows = sealed(settings.run)
-    if not rows:
-        return
-    remote = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus)(tested)
-    asked = [(row, remote.remote(settings, row["recipe"])) for row in rows]
-    opened = []
-    for row, answer in asked:
-        try:
-            path, metrics = ray.get(answer)
-        except Exception as error:  # one failure must not cost the others their scores
-            progress.say(f"no test scores for trial {row['trial']}: {str(error).strip().splitlines()[-1]}")
-            continue
-        scores = {f"m.test.{name}": value for name, value in metrics.items()}
-        records.append_trial(settings.run, {**row, "predictions_test": path, **scores})
-        opened.append(row["trial"])
-    info = records.read_run(settings.run)
-    opening = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "trials": opened}
-    records.write_run(settings.run, {**info, "openings": [*info["openings"], opening]})
-
-
-def tested(settings: Settings, recipe: str) -> tuple[str, dict[str, float]]:
-    """Runs where the trials ran; see `rayltr.trial.for_test`."""
-    return import_module("rayltr.trial").for_test(settings, recipe)  # torch stays out of the driver
 
 
 def tuner(settings: Settings, ledger: Ledger) -> tune.Tuner:

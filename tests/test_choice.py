@@ -1,6 +1,6 @@
 import math
 
-from rayltr.choice import best
+from rayltr.choice import best, finalists, repeated, rung_of
 
 
 def row(trial, balanced, many, few, nll=1.0, state="complete", arm="study"):
@@ -31,3 +31,16 @@ def test_ties_go_to_the_lower_nll():
 
 def test_failed_and_unmeasured_trials_are_no_choice():
     assert names([row("a", 0.9, 0.9, 0.9, state="failed"), row("b", math.nan, math.nan, math.nan)]) == {}
+
+
+def test_what_repeats_a_trial_with_another_seed_is_no_choice():
+    assert names([row("0001", 0.5, 0.5, 0.5), row("0001+1", 0.9, 0.9, 0.9)])["balanced"] == "0001"
+    assert [repeated(row(name, 0, 0, 0)) for name in ("0001", "0001.1", "0001+1", "0001.1+2")] == [0, 0, 1, 1]
+    assert [rung_of({"trial": name}) for name in ("0001", "0001.1", "0001+1", "0001.2+3")] == [0, 1, 0, 2]
+
+
+def test_finalists_are_what_would_be_shipped_then_the_best_on_balance_and_the_control():
+    rows = [CONTROL, row("a", 0.7, 0.75, 0.6), row("b", 0.6, 0.9, 0.3), row("d", 0.55, 0.5, 0.65), row("e", 0.65, 0, 0)]
+    for most, expected in ((0, ""), (1, "ac"), (3, "abdc"), (4, "abdec"), (9, "abdec")):
+        assert "".join(found["trial"] for found in finalists(rows, most)) == expected
+    assert finalists([row("a", 0.7, 0.7, 0.7, state="failed")], 3) == []

@@ -22,7 +22,8 @@ LAYERS = [
     {"rayltr.cluster", "rayltr.folding"},
     {"rayltr.sampling", "rayltr.shipping"},
     {"rayltr.proposals", "rayltr.ensemble"},
-    {"rayltr.ledger"},
+    {"rayltr.ledger", "rayltr.finalists"},
+    {"rayltr.unsealing"},
     {"rayltr.tuning"},
     {"rayltr.summary"},
     {"rayltr.search", "rayltr.export", "rayltr.predict", "rayltr.prune", "rayltr.__main__"},
@@ -35,7 +36,7 @@ ALLOWED = {
 }
 FILES = sorted(path for name in ("rayltr", "search_spaces", "analysis") for path in (ROOT / name).rglob("*.py"))
 ONLY = {
-    "ray": {"rayltr.tuning", "rayltr.machines", "rayltr.cluster"},
+    "ray": {"rayltr.tuning", "rayltr.unsealing", "rayltr.machines", "rayltr.cluster"},
     "optuna": {"rayltr.sampling", "rayltr.proposals"},
     "plotly": {"analysis"},
     "torch": AXES - {"rayltr.data"} | {f"rayltr.{name}" for name in (

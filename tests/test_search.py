@@ -205,3 +205,19 @@ def test_short_schedules_decide_and_a_trial_whose_process_dies_is_run_again(tmp_
     assert {row["trial"] for row in best(rows.values()).values()} <= set(promoted)
     assert "96 by training only the best in full" in found.stdout
     assert list((tmp_path / "run/tensorboard").rglob("*tfevents*"))
+
+
+@pytest.mark.slow
+def test_finalists_are_trained_with_fresh_seeds_and_meet_the_test_split_once(study, tmp_path):
+    words = ["search", study, "--trials", 3, "--epochs", 4, "--finalists", 1, "--storage", tmp_path, "--name", "run"]
+    process = rayltr(*words, "--no-dashboard")
+    assert process.returncode == 0, process.stdout + process.stderr
+    rows = {row["trial"]: row for row in records.read_trials(tmp_path / "run").to_pylist()}
+    again = [row for name, row in rows.items() if "+" in name]
+    assert len(again) in (3, 6) and {row["seed"] for row in again} == {1, 2, 3}
+    assert all(row["predictions_test"] for row in again)
+    assert {row["trial"] for row in best(list(rows.values())).values()} <= {"0000", "0001", "0002"}
+    assert len(records.read_run(tmp_path / "run")["openings"]) == 1
+    assert "mean and s.d. over fresh seeds" in process.stdout
+    same = rayltr(*words, "--no-dashboard")
+    assert same.returncode == 0 and "nothing to train" in same.stdout
