@@ -8,6 +8,7 @@ import os
 import threading
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from ray import train
 from ray.train.torch import TorchTrainer, get_device
 from ray.util.queue import Empty, Queue
 
-from rayltr import trial
 from rayltr.interface import Diverged
 
 POLL_S = 0.5
@@ -35,7 +35,8 @@ def loop(config: dict[str, Any]) -> dict[str, Any] | None:
     report = config["queue"].put if first else ignored
     report(BEGIN)
     try:
-        found = trial.for_search(config["settings"], config["name"], config["params"], report)
+        place = import_module("rayltr.trial")  # the process that only waits for the workers need not load it
+        found = place.for_search(config["settings"], config["name"], config["params"], report)
     except (Diverged, InterruptedError) as error:
         error.add_note(traceback.format_exc())  # a traceback does not travel
         found = {"error": error}

@@ -141,7 +141,7 @@ def number(study: optuna.Study, trial: Any) -> int:
     return len(earlier(study, trial))
 
 
-def distributions(study: Study, draws: int = 64) -> Ranges:
+def distributions(study: Study, draws: int = 256) -> Ranges:
     """The distribution of every parameter of either arm that a preset, or one of `draws` random points, asks for."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # the study that notes them is no news
     notes, found = optuna.create_study(sampler=RandomSampler(seed=0)), dict[str, BaseDistribution]()

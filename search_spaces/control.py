@@ -8,15 +8,18 @@ from rayltr.spec import Fn, Stage, Trial, fn
 
 def control(trial: Trial) -> Stage:
     """Plain cross-entropy with instance-balanced sampling; nominally 200 epochs."""
-    lr = trial.suggest_categorical("lr", [0.05, 0.1, 0.2])
-    decay = trial.suggest_categorical("weight_decay", [2e-4, 5e-4])
     return Stage(
         source=fn("digits", ratio=20.0),
         epochs=200,
         views=(choose_view(trial),),
-        optimiser=fn("sgd", lr=lr, momentum=0.9, nesterov=True, weight_decay=decay),
+        optimiser=choose_sgd(trial),
         schedule=choose_schedule(trial),
     )
+
+
+def choose_sgd(trial: Trial) -> Fn:
+    lr = trial.suggest_categorical("lr", [0.05, 0.1])
+    return fn("sgd", lr=lr, momentum=0.9, nesterov=True, weight_decay=2e-4)
 
 
 def choose_view(trial: Trial) -> Fn:
@@ -24,10 +27,15 @@ def choose_view(trial: Trial) -> Fn:
     return fn("flip_crop", flip=trial.suggest_categorical("flip", [0.5, 0.0]))
 
 
-def choose_schedule(trial: Trial, epochs: int = 200, steps: tuple[float, ...] = (0.8, 0.9)) -> Fn:
-    """Steps after these shares of the training, or a half cosine; with a warm-up of 5 of nominally `epochs` epochs."""
+def choose_schedule(trial: Trial, epochs: int = 200) -> Fn:
+    """Steps or a half cosine, with a warm-up of 5 of nominally `epochs` epochs."""
     if trial.suggest_categorical("schedule", ["multistep", "cosine"]) == "cosine":
         return fn("cosine", warmup=5 / epochs)
+    return multistep(epochs)
+
+
+def multistep(epochs: int, steps: tuple[float, ...] = (0.8, 0.9)) -> Fn:
+    """The published schedule: a warm-up of 5 epochs, steps after these shares of nominally `epochs` epochs."""
     # the published scheduler is stepped before each epoch, hence one epoch earlier
     milestones = tuple((round(share * epochs) - 1) / epochs for share in steps)
     return fn("multistep", warmup=5 / epochs, warmup_from=1 / 3, milestones=milestones, gamma=0.01)

@@ -9,7 +9,7 @@ import pytest
 
 from rayltr import studies
 from rayltr.catalogue import complete
-from rayltr.spec import FixedTrial, RandomTrial, chain, end, fn, line, parse
+from rayltr.spec import FixedTrial, RandomTrial, chain, end, fn, line, parents, parse, start
 from tests.conftest import CIFAR100
 
 STUDY = studies.find("bag_of_tricks")
@@ -123,7 +123,7 @@ def test_the_whole_bag_is_three_stages():
     assert preset("input_mixup_cam") == cam
 
 
-def test_every_point_can_be_trained_and_first_stages_are_shared():
+def test_every_point_can_be_trained_and_every_trick_is_reached():
     """That each one completes is the test: what cannot be (a weight on a loss that takes none, ...) would raise."""
     found = points()
     last = [chain(stage)[-1] for stage in found]
@@ -135,9 +135,53 @@ def test_every_point_can_be_trained_and_first_stages_are_shared():
     assert {s.method.name for s in last} == {"supervised", "cam", "dive"}
     assert {s.mixing.name for s in last if s.mixing} == {"mixup", "cutmix", "manifold", "remix", "bbn_mix"}
     assert any(len(chain(stage)) == 3 for stage in found)
-    firsts = [line(chain(stage)[0]) for stage in found if len(chain(stage)) > 1 and chain(stage)[0].weight is None]
-    firsts = [first for first in firsts if firsts.count(first) > 1]
-    assert len(firsts) > 0.4 * len(found)
+    assert {s.method.name for stage in found for s in chain(stage)[-2:]} == {"supervised", "cam", "dive"}
+    two = [trial for trial in map(RandomTrial, range(400)) if STUDY.space(trial) and trial.asked["when"] != "whole"]
+    assert {trial.asked["when"] for trial in two} == {"reweighted", "resampled", "mapped", "finished"}
+    assert {trial.asked["then"] for trial in two if "then" in trial.asked} == {"crt", "lws", "tau", "dive"}
+
+
+def test_first_stages_are_few():
+    """What differs in a first stage is the mirroring, the mixing and what a loss needs from the start."""
+    plan, firsts = studies.Plan("bag_of_tricks", epochs=20), {}
+    for trial in map(RandomTrial, range(400)):
+        first, *more = chain(plan.changed(STUDY.space(trial)))
+        if more and trial.asked["when"] != "whole" and trial.asked.get("loss") not in ("focal", "ldam"):
+            firsts.setdefault(line(first), []).append(trial)
+    assert len(firsts) <= 24 and sum(map(len, firsts.values())) > 200
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_what_comes_late_changes_something(seed):
+    """A trial that defers nothing would only repeat another one."""
+    trial = RandomTrial(seed)
+    stage = complete(STUDY.space(trial))
+    if trial.asked["when"] in ("reweighted", "resampled", "mapped"):
+        before, after = chain(stage)[:2]
+        assert after.but(epochs=before.epochs, resume=None) != before.but(resume=None)
+
+
+def test_a_search_trains_little_more_than_half_of_its_epochs():
+    """Drawn at random, without any training: a stage is trained from the longest stored part of its line."""
+    plan, points = studies.Plan("bag_of_tricks", epochs=20), map(RandomTrial, range(96))
+    stages = [
+        plan.changed((STUDY.control if number % studies.EVERY == 0 else STUDY.space)(point))
+        for number, point in enumerate(points)
+    ]
+    stored: dict[str, set[int]] = {}
+    trained = sum(made(stage, stored) for stage in stages)
+    assert trained <= 0.6 * sum(own.epochs for stage in stages for own in chain(stage))
+
+
+def made(stage, stored):
+    """The epochs to train for a stage; `stored` holds the ends of what there is, by line."""
+    there = [at for at in stored.get(line(stage), ()) if start(stage) <= at <= end(stage)]
+    if end(stage) in there:
+        return 0
+    needed = [parent for role, parent in parents(stage).items() if role == "teacher" or not there]
+    before = sum(made(parent, stored) for parent in needed)
+    stored.setdefault(line(stage), set()).add(end(stage))
+    return before + end(stage) - max(there, default=start(stage))
 
 
 def whole_bag(tmp_path, *words):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rayltr import cluster
+from rayltr import cluster, trial
 from rayltr.interface import Diverged
 
 
@@ -46,7 +46,7 @@ def test_what_ends_all_workers_alike_is_no_reason_to_start_them_again(monkeypatc
     def ends(*arguments):
         raise error
 
-    monkeypatch.setattr(cluster.trial, "for_search", ends)
+    monkeypatch.setattr(trial, "for_search", ends)
     monkeypatch.setattr(cluster, "get_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(cluster.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: rank))
     told = []

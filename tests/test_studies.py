@@ -4,7 +4,7 @@ import pytest
 
 from rayltr import catalogue, studies
 from rayltr.search import checked
-from rayltr.spec import FixedTrial, RandomTrial, Stage, chain, digest, end, fn, line, parse
+from rayltr.spec import FixedTrial, RandomTrial, Stage, chain, end, fn, line, parse
 from rayltr.spec import dump as dumped
 from rayltr.studies import CONTROL, STUDY, Plan, jobs, rungs
 
@@ -36,7 +36,7 @@ def test_every_preset_is_a_point_of_the_space(name):
     study = studies.find(name)
     for params in study.presets.values():
         assert isinstance(Plan(name).stage(study, {"arm": STUDY, **params}), Stage)
-    assert set(study.published) <= set(study.presets)
+    assert set(study.published) <= set(study.named)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -49,10 +49,11 @@ def test_the_control_arm_is_plain_cross_entropy(name):
 
 
 def test_trials_that_defer_at_different_epochs_share_one_line():
-    study = studies.find("bag_of_tricks")
-    base = {"arm": STUDY, **study.presets["drw_csce"]}
-    lines = {digest(Plan("", epochs=20).stage(study, {**base, "switch": s}).resume).split("@")[0] for s in (0.6, 0.7)}
-    assert len(lines) == 1
+    begun = Stage(source=fn("digits"), epochs=120, horizon=200)
+    late = [one.but(epochs=200 - one.epochs, resume=one) for one in (begun, begun.but(epochs=140))]
+    changed = [Plan("", epochs=20).changed(one.but(weight=fn("inverse_frequency"))) for one in late]
+    assert [one.resume.epochs for one in changed] == [12, 14]
+    assert len({line(one.resume) for one in changed}) == 1
 
 
 def test_the_published_schedule_of_the_bag():
@@ -95,7 +96,7 @@ def test_a_file_is_a_study_with_its_own_loss_and_the_default_control(tmp_path):
     assert study.name == "my_space" and study.presets == {"paper": {"gamma": 2.0}}
     stage = Plan(str(path)).stage(study, {"arm": STUDY, "gamma": 2.0})
     assert stage.loss.get("gamma") == 2.0 and len(stage.loss.get("code")) == 16
-    plain = {"control.lr": 0.1, "control.weight_decay": 5e-4, "control.flip": 0.5, "control.schedule": "cosine"}
+    plain = {"control.lr": 0.1, "control.flip": 0.5, "control.schedule": "cosine"}
     assert Plan(str(path)).stage(study, {"arm": CONTROL, **plain}), "its parameters have names of their own"
 
 
