@@ -82,21 +82,22 @@ def questions(evidence: Evidence) -> list[tuple[str, str, Choose]]:
         return []
     at = evidence.best if evidence.control is None else evidence.control
     than = "the best balanced model" if evidence.control is None else "the control"
+    own = evidence.own
     found: list[tuple[str, str, Choose]] = [
-        ("Best on balance", "balanced", lambda scores: _most(scores["balanced"])),
+        ("Best on balance", "balanced", lambda scores: _most(scores["balanced"], own)),
         (f"Best tail, at most {100 * LOSS:.0f} points of head below {than}", "few",
-         lambda scores: _most(scores["few"], scores["many"] >= scores["many"][at] - LOSS)),
+         lambda scores: _most(scores["few"], own & (scores["many"] >= scores["many"][at] - LOSS))),
         (f"Best head, tail no worse than {than}", "many",
-         lambda scores: _most(scores["many"], scores["few"] >= scores["few"][at])),
+         lambda scores: _most(scores["many"], own & (scores["few"] >= scores["few"][at]))),
     ]  # fmt: skip
     if evidence.paired:
         found.append(("Cheapest that cannot be told from the best", "balanced", _cheapest(evidence)))
     return found
 
 
-def _most(score: Floats, allowed: NDArray[np.bool_] | None = None) -> int | None:
+def _most(score: Floats, allowed: NDArray[np.bool_]) -> int | None:
     """The position of the largest score that is allowed; the first of equals."""
-    values = np.where(np.isnan(score) if allowed is None else ~allowed | np.isnan(score), -np.inf, score)
+    values = np.where(~allowed | np.isnan(score), -np.inf, score)
     return int(values.argmax()) if len(values) and np.isfinite(values.max()) else None
 
 
@@ -105,10 +106,10 @@ def _cheapest(evidence: Evidence) -> Choose:
     spread, costs = evidence.spread, evidence.costs
 
     def choose(scores: Mapping[str, Floats]) -> int | None:
-        top = _most(scores["balanced"])
+        top = _most(scores["balanced"], evidence.own)
         if top is None:
             return None
-        near = scores["balanced"] >= scores["balanced"][top] - 1.96 * spread[top]
+        near = evidence.own & (scores["balanced"] >= scores["balanced"][top] - 1.96 * spread[top])
         return int(np.where(near, costs, np.inf).argmin()) if np.isfinite(costs[near]).any() else top
 
     return choose
@@ -118,7 +119,7 @@ def _claim(evidence: Evidence, question: str, score: str, choose: Choose, i: int
     raw = float(evidence.points[score][i])
     if not evidence.paired:
         return Claim(question, score, raw)
-    alike = estimates.equivalents(evidence.samples[score], i)
+    alike = estimates.equivalents(evidence.samples[score], i) & evidence.own
     cheapest = np.where(alike, evidence.costs, np.inf).argmin()
     told = evidence.trials[int(cheapest)].id if np.isfinite(evidence.costs[cheapest]) and cheapest != i else ""
     return Claim(question, score, raw, _corrected(evidence, choose, score), int(alike.sum()) - 1, told)

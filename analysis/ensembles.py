@@ -19,6 +19,10 @@ LIMIT = 5
 """Distinct members at most, because each costs a whole network."""
 
 
+BAGGED, BAGS = 40_000, (4, 20)
+"""Ensembles are chosen in bags of so many images in all, few bags where there are many images."""
+
+
 @dataclass(frozen=True)
 class Rung:
     """A rung of the ladder (see `Mixture.rung`) and its cross-fitted gain in NLL over the one before, if there is one.
@@ -79,6 +83,7 @@ def studied(panel: Panel, *, limit: int = LIMIT, seed: int = 0, times: int = 100
     found = Ensembles(groups=panel.groups, left_out=panel.left_out, experts=len(panel.experts))
     if found.experts < 2:
         return replace(found, reason=f"an ensemble needs two experts; there are {found.experts}")
+    search.setdefault("bags", int(np.clip(BAGGED // max(len(panel.target), 1), *BAGS)))
     bench = Bench(panel, seed, times)
     grown = {mode: _grown(bench, mode, limit=limit, seed=seed, **search) for mode in MODES}
     single = grown["logit"][0]

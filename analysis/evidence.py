@@ -14,6 +14,7 @@ from analysis import ensembles, estimates, pareto, resample
 from analysis.ensembles import Ensembles
 from analysis.estimates import Estimate
 from analysis.load import Run, Trial
+from rayltr import choice
 from rayltr.metrics import GROUPS
 
 Floats = NDArray[np.float64]
@@ -25,9 +26,6 @@ TIMES = 1000
 
 THIN = 0.003
 """Points of the front that are closer than this, in both accuracies, are listed once."""
-
-BAGGED, BAGS = 40_000, (4, 20)
-"""Ensembles are chosen in bags of so many images in all, few bags where there are many images."""
 
 REACH, MOST = 0.03, 400
 """A point may be on the front of another draw if no point beats it by more than this; so many are looked at."""
@@ -94,18 +92,23 @@ class Evidence:
         return resample.grouped(self.hits, self.target, self.run.groups, self.draws)
 
     @cached_property
+    def own(self) -> NDArray[np.bool_]:
+        """Which trials may be chosen: none that repeats another with a seed of its own."""
+        return np.array([not choice.repeated(trial.row) for trial in self.trials], bool)
+
+    @cached_property
     def control(self) -> int | None:
         """The best of the control arm, by balanced accuracy."""
-        return self._top([i for i, trial in enumerate(self.trials) if trial.control])
+        return self._top([i for i, trial in enumerate(self.trials) if trial.control and self.own[i]])
 
     @cached_property
     def best(self) -> int | None:
         """The best by balanced accuracy that is no worse than the control."""
-        return self._top(range(len(self.trials)))
+        return self._top(np.flatnonzero(self.own).tolist())
 
-    def _top(self, among: "range | list[int]") -> int | None:
-        scores = self.points["balanced"][list(among)]
-        return None if not len(scores) or np.isnan(scores).all() else list(among)[int(np.nanargmax(scores))]
+    def _top(self, among: list[int]) -> int | None:
+        scores = self.points["balanced"][among]
+        return None if not len(scores) or np.isnan(scores).all() else among[int(np.nanargmax(scores))]
 
     @cached_property
     def costs(self) -> Floats:
@@ -129,8 +132,7 @@ class Evidence:
         """The ensembles of the run; with several runs only the reason why there are none."""
         if self.run.parts:
             return Ensembles(reason="ensembles are made of the trials of one run; report that run alone")
-        images = 1 if self.run.items is None else max(len(self.run.items.target), 1)
-        return ensembles.study(self.run.folder, seed=self.seed, bags=int(np.clip(BAGGED // images, *BAGS)))
+        return ensembles.study(self.run.folder, seed=self.seed)
 
     @cached_property
     def recipes(self) -> dict[int, list[int]]:
@@ -142,10 +144,14 @@ class Evidence:
         return {i: members if len(seeds[key]) > 1 else [i] for key, members in alike.items() for i in members}
 
     def estimate(self, i: int, name: str) -> Estimate | None:
-        """A score of a trial with its interval: over images, and over seeds where its recipe was repeated."""
+        """A score of a trial with its interval: over images, and over seeds where its recipe was repeated.
+
+        Of a recipe with fresh seeds only these count: the search's own seed chose it, perhaps for its luck.
+        """
         if not self.paired or np.isnan(self.points[name][i]):
             return None
-        if len(alike := self.recipes[i]) > 1:
+        alike = [j for j in self.recipes[i] if choice.repeated(self.trials[j].row)] or self.recipes[i]
+        if len(alike) > 1:
             return estimates.seeds([self.samples[name][:, j] for j in alike])
         return estimates.estimate(float(self.points[name][i]), self.samples[name][:, i])
 

@@ -48,7 +48,7 @@ class Alone:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="benchmarks.sharing", description=__doc__.split("\n")[0])
     made.add_argument("--study", default="bag_of_tricks", help="default: bag_of_tricks")
-    made.add_argument("--trials", type=int, default=48, help="default: 48")
+    made.add_argument("--trials", type=int, default=72, help="default: 72")
     made.add_argument("--epochs", type=int, default=10, help="length of every chain (default: 10)")
     made.add_argument("--data", default="digits", help="default: digits")
     made.add_argument("--ratio", type=float, default=20.0, help="largest / smallest class (default: 20)")

@@ -65,7 +65,7 @@ def rung_of(row: Mapping[str, Any]) -> int:
 
 def repeated(row: Mapping[str, Any]) -> bool:
     """Whether a trial is another one with a seed of its own: 0007+1, 0007+2."""
-    return "+" in row["trial"]
+    return "+" in row["trial"].rpartition("/")[2]
 
 
 def top(rows: Iterable[Mapping[str, Any]], first: str, second: str) -> Mapping[str, Any] | None:

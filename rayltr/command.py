@@ -23,6 +23,9 @@ from rayltr.studies import Plan
 USAGE, PREFLIGHT, FAILED, INTERRUPTED = 2, 3, 4, 130
 """Exit codes: bad input; machines, storage or data that do not fit; some trials failed; interrupted, to be resumed."""
 
+PROBE = -2.0
+"""Stands for the share of a GPU that a trial is measured to need (`--gpus-per-trial auto`)."""
+
 LEAST = {
     **dict.fromkeys(("trials", "epochs", "batch", "workers", "cpus_per_trial", "threads", "size", "ratio"), 1),
     **dict.fromkeys(("concurrent", "finalists", "gpus_per_trial", "seed", "imbalance_seed", "snapshot_seconds"), 0),

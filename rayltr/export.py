@@ -9,6 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from analysis import ensembles
 from analysis.experts import experts
 from rayltr import command, model_card, records, studies
@@ -68,6 +70,8 @@ def alone(run: Path, info: Mapping[str, Any], out: Path, options: argparse.Names
     shipping.described(out, found.facts.classes, {"trial": row["trial"], **measured}, manifest(info, [row]))
     trials = [other for other in records.read_trials(run).to_pylist() if other["state"] == "complete"]
     how = model_card.chosen(len(trials), options.trial, options.best)
+    if np.any(bias):
+        how += " A bias for each class group was added to the logits after these numbers were measured."
     (out / "README.md").write_text(model_card.of_trial(info, row, how))
     own_code(run, row, out)
     if options.onnx:

@@ -16,10 +16,9 @@ def jobs(proposals: Proposals, most: int, seed: int) -> list[Job]:
     """The trainings of the finalists that are not over yet.  seed: the search's."""
     rows = ended(proposals.run)
     over = {row["trial"] for row in rows}
-    made = []
+    made, drawn = [], proposals.drawn()
     for row in finalists(rows, most):
-        params = {key[2:]: value for key, value in row.items() if key.startswith("p.") and value is not None}
-        plain = proposals.job(row["number"], rung_of(row), params, -1)
+        plain = proposals.job(row["number"], rung_of(row), proposals.params(row, drawn), -1)
         for again in range(1, SEEDS + 1):
             made.append(replace(plain, seed=again, stage=plain.stage and reseeded(plain.stage, seed + again)))
     return [job for job in made if job.trial not in over]

@@ -17,8 +17,6 @@ from ray._private import ray_constants
 DRIVER = "trial_driver"
 """The custom resource that trials of several workers run on, where the cluster has it (see cluster.yaml)."""
 OWN_CPU = 0.01
-PROBE = -2.0
-"""Stands for the share of a GPU that a trial is measured to need."""
 USABLE = 90
 """Percent of a GPU's memory that trials may fill together: the rest is for contexts, fragments and other peaks."""
 

@@ -16,7 +16,7 @@ from rayltr import records
 from rayltr.agenda import Agenda, Job, Values
 from rayltr.choice import repeated, rung_of
 from rayltr.objectives import OBJECTIVES, direction, values
-from rayltr.sampling import number
+from rayltr.sampling import RESULT, number
 from rayltr.spec import parse
 from rayltr.studies import CONTROL, EVERY, FIDELITIES, STUDY, Plan, find
 
@@ -42,11 +42,22 @@ class Proposals:
         self.study = journal(run, self.objectives)
         self.study.sampler = sampler
         self._reopen({row["number"]: row for row in ended(run) if not rung_of(row) and not repeated(row)})
-        known = self.study.user_attrs.get("numbers", 0)
-        for position, point in enumerate(laid_out(trials, starts if not known else ())):
+        begun = "numbers" in self.study.user_attrs  # said when all are laid down, so a crash in between shows
+        known = len(self.drawn())
+        for position, point in enumerate(laid_out(trials, () if begun else starts)):
             if position >= known:
                 self.study.enqueue_trial(point)
         self.study.set_user_attr("numbers", max(trials, known))
+
+    def drawn(self) -> dict[int, dict[str, Any]]:
+        """The parameters of every proposal as Optuna has them: the records hold no None, and mixed kinds as text."""
+        own = (one for one in self.study.get_trials(deepcopy=False) if RESULT not in one.user_attrs)
+        return {number: one.params for number, one in enumerate(own)}
+
+    def params(self, row: Mapping[str, Any], drawn: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+        """The parameters of a row of the trials table; `drawn`, where it has them, keeps their kinds."""
+        recorded = {key[2:]: value for key, value in row.items() if key.startswith("p.") and value is not None}
+        return drawn.get(row["number"]) or recorded
 
     def _reopen(self, told: Mapping[int, Mapping[str, Any]]) -> None:
         """Tells the study what the records know already, and lets it ask again what they do not."""
@@ -61,8 +72,9 @@ class Proposals:
         """The agenda of what is left to do."""
         made = Agenda(self.propose, self.promoted, FIDELITIES[fidelity], ahead)
         made.asked_all = not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        drawn = self.drawn()
         for row in (row for row in ended(self.run) if not repeated(row)):
-            params = {key[2:]: value for key, value in row.items() if key.startswith("p.") and value is not None}
+            params = self.params(row, drawn)
             stage = parse(json.loads(row["recipe"])) if row["recipe"] else None
             made.ended(
                 Job(row["number"], rung_of(row), params, stage=stage), self.judged(reached(row, self.objectives))

@@ -3,6 +3,7 @@
 A few real images and the loop itself, so nothing that a training would meet is described twice.
 """
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -52,14 +53,15 @@ def spread(split: Split, size: int) -> Split:
 
 def peak(settings: Any) -> tuple[int, int]:
     """(the most bytes that a trial of a search takes of a GPU, bytes that the GPU has), measured on the GPU here."""
-    study, most = find(settings.plan.study), 0
-    device, total = Resources().place(), torch.cuda.mem_get_info()[1]
+    study, most, device = find(settings.plan.study), 0, Resources().place()
+    free, total = torch.cuda.mem_get_info()  # what is not free is what every process takes for itself
     for point in points(study):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        rehearse(settings.plan.stage(study, point), Resources(threads=settings.cpus))
+        with suppress(Diverged):
+            rehearse(settings.plan.stage(study, point), Resources(threads=settings.cpus))
         most = max(most, torch.cuda.max_memory_reserved(device))
-    return most, total
+    return most + total - free, total
 
 
 def points(study: Any) -> list[dict[str, Any]]:

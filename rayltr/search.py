@@ -17,7 +17,7 @@ from typing import Any
 from rayltr import command, objectives, records, studies
 from rayltr.catalogue import names, nearest
 from rayltr.choice import SEEDS, finalists, repeated
-from rayltr.command import FAILED, INTERRUPTED, Refused
+from rayltr.command import FAILED, INTERRUPTED, PROBE, Refused
 from rayltr.data.images import cpus
 from rayltr.progress import Progress
 from rayltr.spec import RandomTrial
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for warning in data.manifest["warnings"]:
         progress.say(f"note: {warning}")
     with command.locked(run):
-        before = records.read_trials(run).num_rows
+        before = {row["trial"] for row in records.read_trials(run).to_pylist() if row["state"] != "interrupted"}
         if searched(run, new, options, plan, aims, progress):
             return FAILED if finished(run, progress, before) else 0
     more = [*(() if options.resume else ("--resume",)), *(() if options.name else ("--name", run.name))]
@@ -199,8 +199,8 @@ def begin(run: Path, options: Any, study: Study, settled: Mapping, data: Any, ar
         if info.get("settled") != settled or (run / f"{study.name}.py").read_bytes() != study.file.read_bytes():
             raise Refused(f"{run} is a run with other arguments, data or study; choose another --name")
         ended, wanted = counted(run, options)
-        if ended < wanted and not options.resume:
-            have = f"{run} has {ended} of {wanted} trials"
+        if (ended < wanted or (run / "ray").exists()) and not options.resume:  # Ray's files go when a search has ended
+            have = f"{run} has {ended} of {wanted} trials" if ended < wanted else f"{run} has not come to its end"
             raise Refused(f"{have}; go on with --resume, or choose another --name")
         return False
     if options.resume:
@@ -212,12 +212,12 @@ def begin(run: Path, options: Any, study: Study, settled: Mapping, data: Any, ar
 
 
 def counted(run: Path, options: argparse.Namespace) -> tuple[int, int]:
-    """How many trainings of a run are over, and how many its command asks for; the finalists once they are known."""
-    rows = records.read_trials(run).to_pylist()
-    ended, wanted = sum(not repeated(row) for row in rows), studies.jobs(options.trials, options.fidelity)
-    if ended < wanted:
-        return ended, wanted
-    return len(rows), wanted + SEEDS * len(finalists(rows, options.finalists))
+    """How many recipes of a run are over, and how many its command asks for; with finalists once they are known."""
+    rows = [row for row in records.read_trials(run).to_pylist() if row["state"] != "interrupted"]
+    ended, again = len({row["number"] for row in rows}), sum(repeated(row) for row in rows)
+    if ended < options.trials:
+        return ended, options.trials
+    return ended + again, ended + SEEDS * len(finalists(rows, options.finalists))
 
 
 def searched(run: Path, new: bool, options: Any, plan: Plan, aims: tuple[str, ...], progress: Progress) -> bool:
@@ -228,7 +228,7 @@ def searched(run: Path, new: bool, options: Any, plan: Plan, aims: tuple[str, ..
         fidelity=options.fidelity, start=presets(options), warm=tuple(options.warm_start),
         ahead=AHEAD * options.prefer_stored, finalists=options.finalists,
         workers=options.workers, cpus=options.cpus_per_trial,
-        gpus={None: -1.0, "auto": tuning.PROBE}.get(options.gpus_per_trial, options.gpus_per_trial),
+        gpus={None: -1.0, "auto": PROBE}.get(options.gpus_per_trial, options.gpus_per_trial),
         concurrent=options.concurrent, address=options.address, dashboard=not options.no_dashboard,
         snapshot_s=options.snapshot_seconds,
     )  # fmt: skip

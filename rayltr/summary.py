@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ HEADS = ("balanced", "many", "medium", "few")
 SHOWN = 8
 
 
-def finished(run: Path, progress: Progress, before: int) -> int:
-    """Prints and writes what was found; returns how many trials failed.  `before`: rows that were there already."""
+def finished(run: Path, progress: Progress, before: Collection[str]) -> int:
+    """Prints and writes what was found; returns how many trials failed.  `before`: those that were over already."""
     rows = records.read_trials(run).to_pylist()
     chosen = best(rows)
     records.save(run / "best.json", json.dumps({name: kept(row) for name, row in chosen.items()}, indent=1).encode())
@@ -53,10 +53,11 @@ def kept(row: Mapping[str, Any]) -> dict[str, Any]:
     return fields | {key: v for key, v in row.items() if key[:2] in ("p.", "m.") and v is not None}
 
 
-def effort(rows: Sequence[Mapping[str, Any]], before: int, run: Path) -> str:
-    if before == len(rows):
+def effort(rows: Sequence[Mapping[str, Any]], before: Collection[str], run: Path) -> str:
+    new = [row for row in rows if row["trial"] not in before]
+    if not new:
         return f"nothing to train: all {len(rows)} trials of this search are stored in {run}"
-    done = fidelity.effort(rows[before:])
+    done = fidelity.effort(new)
     return (
         f"{done.asked} epochs asked, {done.trained} trained; saved: {done.shared} by sharing stages, "
         f"{done.resumed} by resuming, {done.early} by training only the best in full"

@@ -25,9 +25,9 @@ from ray.tune.search import Searcher
 from rayltr import claims, finalists, records, sampling
 from rayltr.boards import Boards
 from rayltr.choice import repeated
-from rayltr.command import INTERRUPTED
+from rayltr.command import INTERRUPTED, PROBE
 from rayltr.ledger import Ledger, Settings
-from rayltr.machines import DRIVER, OWN_CPU, PROBE, Shortage, connect, fitted, gone, share_of_gpu
+from rayltr.machines import DRIVER, OWN_CPU, Shortage, connect, fitted, gone, share_of_gpu
 from rayltr.progress import Progress
 from rayltr.proposals import Proposals, ended
 from rayltr.studies import find, jobs, rungs
@@ -152,11 +152,12 @@ def searched(settings: Settings, progress: Progress) -> bool:
     settings = placed(settings, progress)
     signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     left = jobs(settings.trials, settings.fidelity) - sum(not repeated(row) for row in ended(settings.run))
-    if not trained(settings, Ledger(settings, proposals, agenda, progress, Boards(settings.run)), left):
+    first = Ledger(settings, proposals, agenda, progress, Boards(settings.run))
+    if not trained(settings, first, left):
         return False
     more = finalists.jobs(proposals, settings.finalists, seed)
     final = Ledger(settings, proposals, finalists.agenda(more), progress, Boards(settings.run))
-    if more and not trained(settings, final, len(more)):
+    if more and (first.leaving or not trained(settings, final, len(more))):
         return False
     unseal(settings, progress)
     shutil.rmtree(Path(settings.run) / "ray", ignore_errors=True)

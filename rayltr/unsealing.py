@@ -26,8 +26,11 @@ def unseal(settings: Settings, progress: Progress) -> None:
     if not rows:
         return
     remote = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus)(tested)
+    info = records.read_run(settings.run)
+    opening = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "trials": [row["trial"] for row in rows]}
+    # counted before anything is seen, so that an interruption hides no opening
+    records.write_run(settings.run, {**info, "openings": [*info["openings"], opening]})
     asked = [(row, remote.remote(settings, row["recipe"])) for row in rows]
-    opened = []
     for row, answer in asked:
         try:
             path, metrics = ray.get(answer)
@@ -36,10 +39,6 @@ def unseal(settings: Settings, progress: Progress) -> None:
             continue
         scores = {f"m.test.{name}": value for name, value in metrics.items()}
         records.append_trial(settings.run, {**row, "predictions_test": path, **scores})
-        opened.append(row["trial"])
-    info = records.read_run(settings.run)
-    opening = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "trials": opened}
-    records.write_run(settings.run, {**info, "openings": [*info["openings"], opening]})
 
 
 def tested(settings: Settings, recipe: str) -> tuple[str, dict[str, float]]:

@@ -16,7 +16,7 @@ from search_spaces.control import control as control
 SGD = {"lr": 0.1, "flip": 0.5, "schedule": "multistep"}
 WHOLE = {**SGD, "when": "whole", "mixing": "none", "loss": "cross_entropy", "reweight": False, "resample": False}
 WEIGHTED, RESAMPLED = {**WHOLE, "reweight": True}, {**WHOLE, "resample": True}
-FIRST = {"flip": 0.5, "first": "plain"}
+FIRST = {"flip": 0.5, "lr": 0.1, "first": "plain"}
 DRW = {**FIRST, "when": "reweighted", "loss": "cross_entropy"}
 DRS = {**FIRST, "when": "resampled", "ramp": False, "q": 0.0}
 CLASSIFIER = {**FIRST, "when": "finished", "classifier_lr": 0.1}
@@ -76,7 +76,8 @@ _POINTS: dict[str, dict] = {
     "tau_norm": {**CLASSIFIER, "then": "tau", "classifier_lr": None, "tau": 1.0},
     "crt": {**CLASSIFIER, "then": "crt"},
     "lws": {**CLASSIFIER, "then": "lws"},
-    "dive": {"flip": 0.5, "when": "finished", "then": "dive", "kd_temperature": 2.0, "kd_alpha": 0.5, "kd_power": 0.5},
+    "dive": {"flip": 0.5, "lr": 0.1, "when": "finished", "then": "dive", "kd_temperature": 2.0, "kd_alpha": 0.5,
+             "kd_power": 0.5},
     "input_mixup_csce": {**WEIGHTED, **MIXUP, **CSCE},
     "input_mixup_bsce": {**WHOLE, **MIXUP, **BSCE},
     "input_mixup_balanced": {**RESAMPLED, **MIXUP, **BALANCED},
@@ -133,7 +134,7 @@ def first_stage(trial: Trial, mixing: Fn | None) -> Stage:
         epochs=epochs,
         views=(choose_view(trial),),
         mixing=mixing,
-        optimiser=fn("sgd", lr=0.1, momentum=0.9, nesterov=True, weight_decay=2e-4),
+        optimiser=choose_sgd(trial),
         schedule=multistep(epochs),
     )
 
@@ -141,7 +142,7 @@ def first_stage(trial: Trial, mixing: Fn | None) -> Stage:
 def whole(trial: Trial) -> Stage:
     """One recipe from start to end, tuned in the ordinary hyper-parameters too; after mixing, perhaps fine-tuned."""
     plain = first_stage(trial, choose_mixing(trial))
-    plain = plain.but(optimiser=choose_sgd(trial), schedule=choose_schedule(trial, plain.epochs))
+    plain = plain.but(schedule=choose_schedule(trial, plain.epochs))
     loss = choose_loss(trial)
     weighted = loss["loss"].name in WEIGHABLE and trial.suggest_categorical("reweight", [False, True])
     last = plain.but(**loss, weight=choose_weight(trial) if weighted else None)

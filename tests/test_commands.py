@@ -161,7 +161,7 @@ SYNTHETIC = ("bag_of_tricks", "--data", "synthetic")
         (["bag_of_tricks", "--ratio", "nan"], "--ratio must be at least 1, not nan"),
         (["bag_of_tricks", "--backbone", "resnet99"], "unknown backbone 'resnet99': did you mean resnet32"),
         (["bag_of_tricks", "--backbone", "timm"], "backbone timm needs the keyword 'model'"),
-        (["bag_of_tricks", "--epochs", "1"], "1 epochs are too few for a chain of 2 training stages"),
+        (["bag_of_tricks", "--epochs", "1"], "1 epochs are too few for a chain of "),
     ],
 )
 def test_bad_arguments(refused, tmp_path, words, message):
@@ -271,8 +271,9 @@ def test_studies_that_cannot_be_searched(refused, tmp_path, text, message):
 def test_what_is_no_python_file_is_no_study(refused, tmp_path):
     (tmp_path / "notes").write_text("def space(trial): pass")
     for place in (tmp_path / "notes", tmp_path):
-        assert refused(search, place) == (USAGE, f"rayltr: there is no study file {place}; studies that come with "
-                                          "rayltr: bag_of_tricks\n")  # fmt: skip
+        code, error = refused(search, place)
+        assert code == USAGE and error.startswith(f"rayltr: there is no study file {place}; studies that come with ")
+        assert "bag_of_tricks" in error and error.count("\n") == 1
 
 
 def test_the_data_are_those_of_the_study_not_of_the_control(tuned, tmp_path, capsys):

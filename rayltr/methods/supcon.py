@@ -48,6 +48,8 @@ class Method(plain.Method):
         return [name for name in self.state_dict() if not name.startswith("project.")]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
+        if batch.mixed is not None:
+            raise ValueError("supcon compares the view that would be mixed; leave the mixing out")
         features = self.backbone(torch.cat(batch.views))
         first = features[: len(batch.views[0])]
         anchors, target = self.project(features), batch.target.repeat(len(batch.views))
