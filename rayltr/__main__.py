@@ -1,6 +1,7 @@
 """`rayltr search|train|export|predict|report|prune ...`: the commands under one name."""
 
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 
 COMMANDS = {
@@ -21,7 +22,9 @@ def main() -> int:
         return command.run(import_module(COMMANDS[name][0]).main)
     lines = [f"  {command:9}{text}" for command, (_, text) in COMMANDS.items()]
     if name not in ("-h", "--help"):
-        print(f"rayltr: there is no command {name!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        close = get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        print(f"rayltr: there is no command {name!r}; {hint}commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     print("\n".join(["usage: rayltr COMMAND ...", "", *lines, "", "rayltr COMMAND --help says more"]))
     return 0

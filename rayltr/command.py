@@ -44,7 +44,10 @@ class Refused(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without a page of usage before it."""
+    """Says what is wrong in one line, without a page of usage before it; knows options by their whole names only."""
+
+    def __init__(self, **about: Any):
+        super().__init__(**about, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see {self.prog} --help)")

@@ -14,7 +14,7 @@ import numpy as np
 from analysis import ensembles
 from analysis.experts import experts
 from rayltr import command, model_card, records, studies
-from rayltr.choice import BEST, best
+from rayltr.choice import BEST, best, repeated
 from rayltr.recipe import own_files, recorded
 
 MADE = ("config.json", "ensemble.json", "model.safetensors", "model.onnx", "study.py")
@@ -68,7 +68,8 @@ def alone(run: Path, info: Mapping[str, Any], out: Path, options: argparse.Names
     shipping.weighed(out, found)
     measured = {key[2:]: value for key, value in row.items() if key.startswith("m.") and value is not None}
     shipping.described(out, found.facts.classes, {"trial": row["trial"], **measured}, manifest(info, [row]))
-    trials = [other for other in records.read_trials(run).to_pylist() if other["state"] == "complete"]
+    rows = records.read_trials(run).to_pylist()
+    trials = [other for other in rows if other["state"] == "complete" and not repeated(other)]
     how = model_card.chosen(len(trials), options.trial, options.best)
     if np.any(bias):
         how += " A bias for each class group was added to the logits after these numbers were measured."

@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = command.checked(parser().parse_args(arguments))
     if options.list:
-        print(listing())
+        print(listing([options.recipe] if options.recipe else studies.names()))
         return 0
     if options.recipe is None:
         raise ValueError(f"which recipe? a study ({', '.join(studies.names())}), a config.json or a run with --trial")
@@ -281,9 +281,9 @@ class Lines:
         print(f"  {stood(record)}", flush=True)
 
 
-def listing() -> str:
-    """Every study with its presets and the errors that the literature reports for them."""
-    lines = []
-    for name in studies.names():
+def listing(names: Sequence[str]) -> str:
+    """Studies with their presets and the errors that the literature reports for them."""
+    lines: list[str] = []
+    for name in names:
         lines += [name, *(f"  {preset}" for preset in studies.listing(studies.find(name)))]
     return "\n".join(lines)

@@ -86,7 +86,7 @@ def gpus(text: str) -> float | str:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = command.checked(parser().parse_args(arguments))
     if options.list:
-        print(catalogue_text())
+        print("\n".join(studies.listing(studies.find(options.study))) if options.study else catalogue_text())
         return 0
     aims = objectives.parse(options.objective)
     study, plan = asked(options)
