@@ -28,6 +28,8 @@ Point = tuple[str, dict[str, Any], list[float]]
 
 STRATA = 8
 """Parts of a range of numbers of which a block of the design meets each once; a category is a part of its own."""
+REDRAWN = 8
+"""How often a model draws anew for a trial when it gives what was proposed before; after that the design draws it."""
 RECIPES = 5
 """How many recipes of a run with other data are tried first."""
 RESULT, RECIPE = "result_of", "recipe_of"
@@ -85,7 +87,8 @@ class Phased(BaseSampler):
     """Draws the first `designed` trials by `Design`, later ones by the sampler of a name.
 
     Every later trial has a sampler of its own, seeded by its number: draws follow from the seed and the history alone,
-    and a search that is resumed with the same seed does not repeat its first ones.
+    and a search that is resumed with the same seed does not repeat its first ones.  Where all parameters are
+    categories, a model soon gives the same few points for ever; they would teach it nothing.
     """
 
     def __init__(self, name: str, seed: int, designed: int):
@@ -105,7 +108,13 @@ class Phased(BaseSampler):
         return self.of(study, trial).infer_relative_search_space(study, trial)
 
     def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: Ranges) -> dict[str, Any]:
-        return self.of(study, trial).sample_relative(study, trial, search_space)
+        own = self.of(study, trial)
+        for _ in range(REDRAWN):
+            drawn = own.sample_relative(study, trial, search_space)
+            if not drawn or not repeated(study, trial, drawn):
+                return drawn
+        self.open[number(study, trial)] = self.design
+        return {}
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -139,6 +148,12 @@ def earlier(study: optuna.Study, trial: Any) -> list[FrozenTrial]:
 def number(study: optuna.Study, trial: Any) -> int:
     """The number of a trial among the search's own: 0, 1, 2, ... whatever results were added before or between."""
     return len(earlier(study, trial))
+
+
+def repeated(study: optuna.Study, trial: FrozenTrial, drawn: Mapping[str, Any]) -> bool:
+    """Whether a trial that gets these values for all it may ask would be one that was drawn before."""
+    point = {**drawn, **trial.system_attrs.get("fixed_params", {})}
+    return any(one.params and one.params.items() <= point.items() for one in earlier(study, trial))
 
 
 def distributions(study: Study, draws: int = 256) -> Ranges:
