@@ -2,9 +2,10 @@
 
 A search of trivial trials, one at a time, beside the same recipes run one after the other in one process.  Counted is
 what comes after the start: the seconds from the end of the first trial to the end of the last one, for each of the
-others.  Then one trial of a chain on two workers: the seconds from its proposal (in the search's journal) to the first
-call of its loss, and the processes that trained its stages.  The exit code is 1 when the search needs 0.15 s a trial
-more, when the first step comes after 15 s, or when the chain took more than one Ray Train run.
+others.  Then trials of a chain on two workers, one at a time: the seconds from a proposal (in the search's journal) to
+the first call of its loss, for the first trial, which waits for processes that the others find, and for the slowest of
+the others; and the processes that trained its stages.  The exit code is 1 when the search needs 0.15 s a trial more,
+when a first step comes after 15 s (after 20 s in the first trial), or when a chain took more than one Ray Train run.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,8 +27,8 @@ from rayltr.spec import parse
 from rayltr.store import Store
 from rayltr.trial import run
 
-PER_TRIAL_S, FIRST_STEP_S = 0.15, 15.0
-WORKERS = 2
+PER_TRIAL_S, FIRST_STEP_S, WARM_UP_S = 0.15, 15.0, 20.0
+WORKERS, CHAINS = 2, 3
 
 TRIVIAL = """
 from rayltr.spec import Stage, fn
@@ -112,19 +114,21 @@ def directly(rows: Sequence[dict[str, Any]], folder: Path) -> list[float]:
     return ends
 
 
-def chained(folder: Path) -> Chain:
-    """Runs a chain on workers.  Steps before the proposal, of a rehearsal say, do not count."""
+def chained(folder: Path) -> list[Chain]:
+    """Runs trials of a chain on workers, one at a time.  Steps before a proposal, of a rehearsal say, do not count."""
     notes = folder / "notes"
     notes.mkdir()
-    place = searched(folder, CHAIN.format(notes=str(notes)), "--trials=1", f"--epochs={STAGES}", f"--workers={WORKERS}")
-    (trial,) = journal(str(place), ("balanced_nll",)).trials
-    assert trial.datetime_start is not None
-    return steps({note.name: float(note.read_text()) for note in notes.iterdir()}, trial.datetime_start.timestamp())
+    words = (f"--trials={CHAINS}", f"--epochs={STAGES}", f"--workers={WORKERS}", "--fidelity=none")
+    place = searched(folder, CHAIN.format(notes=str(notes)), *words)
+    trials = journal(str(place), ("balanced_nll",)).trials
+    begun = [trial.datetime_start.timestamp() for trial in trials if trial.datetime_start]
+    times = {note.name: float(note.read_text()) for note in notes.iterdir()}
+    return [steps(times, *between) for between in zip(begun, [*begun[1:], inf], strict=True)]
 
 
-def steps(notes: dict[str, float], proposed: float) -> Chain:
-    """From the times of the first call of the loss by `process-stage`, and the time of the proposal."""
-    later = {name: at for name, at in notes.items() if at > proposed}
+def steps(notes: dict[str, float], proposed: float, following: float = inf) -> Chain:
+    """From the times of the first call of the loss by `process-stage`, and those of the proposal and the next one."""
+    later = {name: at for name, at in notes.items() if proposed < at < following}
     processes: dict[str, set[str]] = {}
     for name in later:
         process, stage = name.split("-")
@@ -132,18 +136,17 @@ def steps(notes: dict[str, float], proposed: float) -> Chain:
     return Chain(min(later.values()) - proposed, processes)
 
 
-def judged(by_search: float, direct: float, chain: Chain) -> int:
+def judged(by_search: float, direct: float, chains: Sequence[Chain]) -> int:
     """Prints both sides; 1 when a limit is broken, else 0."""
-    more = by_search - direct
+    more, (first, *others) = by_search - direct, chains
+    slowest, whole = max(chain.first_step_s for chain in others), all(chain.one_run for chain in chains)
     print(f"{'seconds per trivial trial, after the first':50}{by_search:8.3f} by the search{direct:8.3f} directly")
     print(f"{'Ray and the search cost':50}{more:8.3f} s{PER_TRIAL_S:8.3f} allowed{by_search / direct:8.2f} times")
-    print(
-        f"{'from a proposal to its first step on 2 workers':50}{chain.first_step_s:8.3f} s{FIRST_STEP_S:8.3f} allowed"
-    )
-    whole = "one Train run" if chain.one_run else "more than one Train run"
-    print(f"{f'a chain of {STAGES} stages':50}{whole}: processes by stage "
-          f"{', '.join(str(len(own)) for _, own in sorted(chain.processes.items()))}")  # fmt: skip
-    return int(more > PER_TRIAL_S or chain.first_step_s > FIRST_STEP_S or not chain.one_run)
+    print(f"{'from a proposal to its first step on 2 workers':50}{slowest:8.3f} s{FIRST_STEP_S:8.3f} allowed")
+    print(f"{'the same of the first trial of a search':50}{first.first_step_s:8.3f} s{WARM_UP_S:8.3f} allowed")
+    print(f"{f'a chain of {STAGES} stages':50}{'one Train run' if whole else 'more than one Train run'}")
+    late = slowest > FIRST_STEP_S or first.first_step_s > WARM_UP_S
+    return int(more > PER_TRIAL_S or late or not whole)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

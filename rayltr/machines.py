@@ -23,7 +23,6 @@ USABLE = 90
 ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # the search has its own: trials store what they have
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
@@ -47,6 +46,7 @@ def connect(address: str | None, dashboard: bool) -> str:
     Raises `Shortage` when no cluster answers at the address.
     """
     os.environ |= ENVIRONMENT
+    os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] = str(int(dashboard))  # for the dashboard's page of Ray Train
     context = joined(address) if address else started(dashboard)
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what becomes of a trial is told by the search itself
@@ -66,6 +66,7 @@ def started(dashboard: bool) -> Any:
     ray_constants.ENABLE_RAY_CLUSTER = False
     for library in ("GLOO", "NCCL"):  # else the workers of a trial talk through the interface of the host's name
         os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # one process less: nobody reclaims this machine
     return ray.init(address="local", include_dashboard=dashboard, resources={DRIVER: 1000}, **QUIET)
 
 

@@ -247,9 +247,8 @@ def same(run: str) -> Callable[[dict[str, Any]], bool]:
 
 
 def tuner(settings: Settings, ledger: Ledger) -> tune.Tuner:
-    one = settings.workers == 1
     need: Any = {"CPU": settings.cpus, "GPU": settings.gpus}
-    if not one:  # the trial itself only waits for its workers, and must not take a CPU that they need
+    if settings.workers > 1:  # the trial itself only waits for its workers, and must not take a CPU that they need
         need = tune.PlacementGroupFactory([{DRIVER: 1} if DRIVER in ray.cluster_resources() else {"CPU": OWN_CPU}])
     return tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, settings=settings), need),
@@ -257,7 +256,7 @@ def tuner(settings: Settings, ledger: Ledger) -> tune.Tuner:
             search_alg=Agent(ledger),
             num_samples=-1,  # the agenda knows when it is over
             max_concurrent_trials=settings.concurrent,
-            reuse_actors=one,
+            reuse_actors=True,
             trial_dirname_creator=str,
         ),
         run_config=tune.RunConfig(

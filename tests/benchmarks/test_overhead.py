@@ -12,6 +12,8 @@ from rayltr.studies import Plan
 
 NOTES = {f"{process}-{stage}": 100.0 + 3 * stage + process / 100 for process in (7, 8) for stage in (1, 2, 3)}
 
+ONE = {stage: {"7", "8"} for stage in ("1", "2", "3")}
+
 
 def test_what_comes_after_the_first_trial_is_counted():
     assert overhead.after_first([10.0, 10.5, 11.0, 13.0]) == pytest.approx(1.0)
@@ -41,17 +43,26 @@ def test_a_chain_in_one_run_has_the_same_processes_in_every_stage(notes):
     ("by_search", "first_step", "broken"), [(0.3, 5.0, 0), (0.3, 15.5, 1), (0.41, 5.0, 1), (0.2, 5.0, 0)]
 )
 def test_a_broken_limit_is_a_failure(by_search, first_step, broken, capsys):
-    chain = overhead.Chain(first_step, {"1": {"7", "8"}, "2": {"7", "8"}, "3": {"7", "8"}})
-    assert overhead.judged(by_search, 0.25, chain) == broken
+    assert overhead.judged(by_search, 0.25, [overhead.Chain(20.0, ONE), overhead.Chain(first_step, ONE)]) == broken
     said = capsys.readouterr().out
     assert f"{by_search:.3f} by the search   0.250 directly" in said and f"{by_search / 0.25:.2f} times" in said
-    assert "one Train run: processes by stage 2, 2, 2" in said
+    assert f"first step on 2 workers {first_step:11.3f} s" in said and "20.000 s" in said
+    assert "one Train run" in said and "more than" not in said
 
 
 def test_a_second_run_is_a_failure(capsys):
-    chain = overhead.Chain(5.0, {"1": {"7", "8"}, "2": {"9", "8"}, "3": {"9", "8"}})
-    assert overhead.judged(0.3, 0.25, chain) == 1
+    split = overhead.Chain(5.0, {**ONE, "3": {"9", "8"}})
+    assert overhead.judged(0.3, 0.25, [overhead.Chain(5.0, ONE), split]) == 1
     assert "more than one Train run" in capsys.readouterr().out
+
+
+def test_a_slow_first_trial_is_a_failure(capsys):
+    assert overhead.judged(0.3, 0.25, [overhead.Chain(26.0, ONE), overhead.Chain(5.0, ONE)]) == 1
+
+
+def test_the_steps_of_the_next_trial_do_not_count():
+    later = {f"{process}-{stage}": 200.0 + stage for process in (10, 11) for stage in (1, 2, 3)}
+    assert overhead.steps({**NOTES, **later}, 98.0, 150.0) == overhead.steps(NOTES, 98.0)
 
 
 def test_recipes_run_directly(tmp_path, monkeypatch):
@@ -82,4 +93,4 @@ def test_the_chain_notes_the_first_call_of_every_stage(tmp_path, monkeypatch):
 def test_a_search_beside_the_loop_and_a_chain_on_two_workers(capfd):
     overhead.main(["--trials", "4"])
     said = capfd.readouterr().out
-    assert "seconds per trivial trial" in said and "one Train run: processes by stage 2, 2, 2" in said
+    assert "seconds per trivial trial" in said and "one Train run" in said and "more than" not in said
