@@ -16,11 +16,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", metavar="FILE", help="where to write the report (default: report.html in the first RUN)"
     )
+    parser.add_argument(
+        "--max-weights",
+        metavar="N",
+        type=float,
+        help="what a model may have at most to be called small (default: half of what the best one has)",
+    )
     asked = parser.parse_args(arguments)
     # Imported only now, so that --help does not wait for plotly and pyarrow.
     report = importlib.import_module("analysis.report")
     try:
-        print(report.write(asked.runs, asked.out))
+        print(report.write(asked.runs, asked.out, asked.max_weights))
     except (ValueError, OSError) as error:
         print(f"analysis: {error}", file=sys.stderr)
         return 2

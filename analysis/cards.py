@@ -12,7 +12,7 @@ from analysis.ensembles import Ensembles
 from analysis.estimates import Estimate
 from analysis.evidence import SCORES, Evidence, Floats
 from analysis.load import Trial
-from analysis.tables import anything, duration
+from analysis.tables import anything, duration, percent, thousands
 
 LOSS = 0.02
 """Head accuracy that may be given up for the tail, as a fraction."""
@@ -64,10 +64,13 @@ class Card:
     notes: list[str] = field(default_factory=list)
 
 
-def cards(evidence: Evidence, ensembles: Ensembles | None = None) -> list[Card]:
-    """At most five cards, one for each model that some question chooses, in the order of the questions."""
+def cards(evidence: Evidence, ensembles: Ensembles | None = None, most: float | None = None) -> list[Card]:
+    """At most five cards, one for each model that some question chooses, in the order of the questions.
+
+    most: weights that a small model may have; by default half of what the best balanced one has.
+    """
     claims: dict[int, list[Claim]] = {}
-    for question, score, choose in questions(evidence):
+    for question, score, choose in questions(evidence, most):
         i = choose(evidence.points)
         if i is not None:
             claims.setdefault(i, []).append(_claim(evidence, question, score, choose, i))
@@ -76,7 +79,7 @@ def cards(evidence: Evidence, ensembles: Ensembles | None = None) -> list[Card]:
     return [*found[: MAXIMUM - bool(together)], *([together] if together else [])]
 
 
-def questions(evidence: Evidence) -> list[tuple[str, str, Choose]]:
+def questions(evidence: Evidence, most: float | None = None) -> list[tuple[str, str, Choose]]:
     """(question, score that decides, how to choose).  The control is the measure, or the best trial without one."""
     if evidence.best is None:
         return []
@@ -90,6 +93,13 @@ def questions(evidence: Evidence) -> list[tuple[str, str, Choose]]:
         (f"Best head, tail no worse than {than}", "many",
          lambda scores: _most(scores["many"], own & (scores["few"] >= scores["few"][at]))),
     ]  # fmt: skip
+    limit = evidence.sizes[evidence.best] / 2 if most is None else most
+    small = own & (evidence.sizes <= limit) & np.isfinite(evidence.sizes)
+    if most is not None and not small.any():
+        raise ValueError(f"no trial has at most {most:,.0f} weights: the smallest has {evidence.sizes[own].min():,.0f}")
+    if small.any():
+        found.append((f"Best of at most {thousands(limit)} weights", "balanced",
+                      lambda scores: _most(scores["balanced"], small)))  # fmt: skip
     if evidence.paired:
         found.append(("Cheapest that cannot be told from the best", "balanced", _cheapest(evidence)))
     return found
@@ -145,6 +155,8 @@ def _card(evidence: Evidence, i: int, claims: list[Claim]) -> Card:
     beyond = {name: evidence.beyond(i, evidence.control, name) if own else None for name in SCORES}  # type: ignore[arg-type]
     facts = {"Trial": trial.id, "Training": duration(trial.cost).text, "τ": f"{trial.val['tau']:.1f}",
              "Temperature": f"{trial.val['temperature']:.2g}"}  # fmt: skip
+    if np.isfinite(evidence.sizes[i]):
+        facts["Weights"] = thousands(evidence.sizes[i])
     return Card(
         name=trial.id,
         claims=claims,
@@ -184,6 +196,13 @@ def ensemble_card(evidence: Evidence, found: Ensembles) -> Card:
         f"{advice}: its gain over the best single model, {single.name}, {why} (NLL {sharper.value:+.3f}, 95 % interval "
         f"{sharper.low:+.3f} to {sharper.high:+.3f}; more is better). Members: {', '.join(own.members)}."
     )
+    ahead = [rival for rival in found.baselines if rival.out_balanced.value > own.out_balanced.value]
+    if ahead:
+        rival = max(ahead, key=lambda score: score.out_balanced.value)
+        note += (
+            f" The NLL chose it: it counts confidence, too. On balanced accuracy alone, {rival.name} reaches "
+            f"{percent(rival.out_balanced.value).text} %."
+        )
     return Card(
         name=" + ".join(own.members),
         claims=[Claim("Best ensemble", "balanced", own.balanced, own.out_balanced)],

@@ -116,6 +116,11 @@ class Evidence:
         return np.nan_to_num([trial.cost for trial in self.trials], nan=np.inf)
 
     @cached_property
+    def sizes(self) -> Floats:
+        """Weights of the models, infinite where unknown."""
+        return np.array([trial.recorded.get("val.weights", np.inf) for trial in self.trials])
+
+    @cached_property
     def spread(self) -> Floats:
         """The standard deviation [M, M] of the difference of two balanced accuracies over the draws."""
         shared = np.atleast_2d(np.cov(self.samples["balanced"], rowvar=False))

@@ -131,6 +131,12 @@ class Run:
         rows = [{**t.row, "trial": t.id, "p.arm": t.params.get("arm"), **_scores(t)} for t in self.trials]
         return {name: by_id[row["trial"]] for name, row in choice.best(rows).items()}
 
+    def designed(self, trial: Trial) -> bool:
+        """Whether a trial is of the design that a search begins with, not of what its sampler made of the results."""
+        own = next((part for part in self.parts if part.folder == trial.folder), self)
+        number = trial.row["number"]
+        return number is not None and number < own.info.get("designed", 0)
+
     def logits(self, trial: Trial, head: str | None = None) -> NDArray[np.float32]:
         """Validation logits [N, C] of a head (None: the trial's own prediction), read now.
 

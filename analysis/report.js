@@ -52,6 +52,17 @@ const seen = new IntersectionObserver((entries) => {
   }
 }, { rootMargin: "-15% 0px -80% 0px" });
 document.querySelectorAll("main > section").forEach((section) => seen.observe(section));
+// Recipes: a click on a point keeps the lines that cross its axis there (heights are from 0 to 1).
+const recipes = document.getElementById("plot-recipes");
+if (recipes) {
+  const kept = new Map(), near = (a, b) => Math.abs(a - b) < 0.04;
+  const lines = recipes.data.flatMap(({ mode }, i) => (mode === "lines+markers" ? [i] : []));
+  recipes.on("plotly_click", ({ points: [{ x, y }] }) => {
+    if (kept.has(x) && near(kept.get(x), y)) kept.delete(x); else kept.set(x, y);
+    const shown = lines.map((i) => [...kept].every(([axis, height]) => near(recipes.data[i].y[axis], height)));
+    Plotly.restyle(recipes, { opacity: shown.map((yes) => (yes ? 1 : 0.08)) }, lines);
+  });
+}
 // Paper has its own width, and browsers do not tell charts: set it before printing, give it back after.
 const charts = () => document.querySelectorAll(".js-plotly-plot");
 addEventListener("beforeprint", () => charts().forEach((chart) => Plotly.relayout(chart, { width: 660, height: 400 })));

@@ -20,24 +20,25 @@ from rayltr.metrics import GROUPS
 Folder = str | os.PathLike
 
 
-def write(run_folder: Folder | Sequence[Folder], out: Folder | None = None) -> Path | str:
+def write(run_folder: Folder | Sequence[Folder], out: Folder | None = None, most: float | None = None) -> Path | str:
     """Write the report of one run folder, or of several to compare, and say where: a path, or a URI as given.
 
-    By default that is `report.html` in the (first) run; `report/` beside it holds the numbers.  Raises ValueError, in
+    By default that is `report.html` in the (first) run; `report/` beside it holds the numbers.
+    most: weights that a model may have to be called small (see `analysis.cards.cards`).  Raises ValueError, in
     one line, for a folder that is no run, has no trials or was made by another version, and for runs of other images.
     """
     folders = [run_folder] if isinstance(run_folder, (str, os.PathLike)) else list(run_folder)
-    page = build(merged([load(folder) for folder in folders]))
+    page = build(merged([load(folder) for folder in folders]), most)
     place = records.within(folders[0], "report.html") if out is None else os.fspath(out)
     records.save(place, render(page).encode())
     numbers.write(place.removesuffix(".html") + ("" if place.endswith(".html") else "-numbers"), page)
     return place if "://" in place else Path(place)
 
 
-def build(run: Run) -> Page:
-    """Everything that the report says."""
+def build(run: Run, most: float | None = None) -> Page:
+    """Everything that the report says; `most` as in `write`."""
     evidence = Evidence(run)
-    deck = cards(evidence, evidence.ensembles)
+    deck = cards(evidence, evidence.ensembles, most)
     title = " and ".join(dict.fromkeys(str(part.info.get("study") or "run") for part in run.parts or (run,)))
     return Page(
         title=title,

@@ -37,7 +37,7 @@ def calibrations(evidence: Evidence) -> Section:
     scale = trial.val["tau"] * trial.val["temperature"]
     worth = calibration.worthwhile(metrics.adjust(z, run.counts, scale), *about)
     found = "Dividing the logits by a temperature is recommended only where it lowers the error and the NLL of images "
-    found += f"that were not used to fit it. {worth.reason}".rstrip().removesuffix(".") + "."
+    found += f"that were not used to fit it. {sentence(worth.reason)}".rstrip()
     parts = blocks(
         Note(_verdict(states["fitted"])), calibrated.reliability(states, trial.id),
         calibrated.by_group(states["fitted"], trial.id),
@@ -47,6 +47,11 @@ def calibrations(evidence: Evidence) -> Section:
         Listing("temperatures", "Is a temperature worth it?", calibrated.temperatures(worth), found),
     )  # fmt: skip
     return Section("calibration", title, "Calibration", parts)
+
+
+def sentence(words: str) -> str:
+    """With a capital and a full stop; nothing stays nothing."""
+    return words[:1].upper() + words[1:].removesuffix(".") + "." if words else ""
 
 
 def corrected(z: NDArray[np.float32], trial: Trial, evidence: Evidence) -> NDArray[np.float32]:

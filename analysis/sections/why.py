@@ -4,7 +4,8 @@ import numpy as np
 
 from analysis.effects import Effects, effects
 from analysis.evidence import Evidence
-from analysis.figures import tricks
+from analysis.figures import parallel, tricks
+from analysis.figures.draw import Figure
 from analysis.page import Missing, Note, Section, blocks
 from rayltr.metrics import GROUPS
 
@@ -17,19 +18,31 @@ def section(evidence: Evidence) -> Section:
     found = by_score(evidence)
     balanced = found["balanced"]
     if balanced.reason:
-        return Section("tricks", TITLE, "Tricks", [Missing(f"No effects can be estimated: {balanced.reason}.")])
-    of = f"Estimated from {balanced.trials} trials of the study's own arm"
+        none = Missing(f"No effects can be estimated: {balanced.reason}.")
+        return Section("tricks", TITLE, "Tricks", blocks(none, drawn(evidence, balanced)))
+    laid = f", {balanced.designed} of them laid out in advance so that all values meet" if balanced.designed else ""
     note = Note(
-        f"{of}, all at full length; trials weigh less where the sampler repeated itself. Effects are associations "
-        "within this search, not proofs: an ablation trains the shipped recipe with one trick less."
+        f"Estimated from {balanced.trials} trials of the study's own arm{laid}, all at full length; trials weigh less "
+        "where the sampler repeated itself. Effects are associations within this search, not proofs: an ablation "
+        "trains the shipped recipe with one trick less."
     )
-    if not balanced.shares and not balanced.conditional:
-        return Section("tricks", TITLE, "Tricks", [Missing("No parameter took more than one value.")])
     parts = blocks(
         tricks.shares(balanced) if balanced.shares else None, tricks.forest(found), tricks.interactions(balanced),
-        tricks.branches(found), note,
+        tricks.branches(found), drawn(evidence, balanced), note,
     )  # fmt: skip
     return Section("tricks", TITLE, "Tricks", parts)
+
+
+def drawn(evidence: Evidence, found: Effects) -> Figure | None:
+    """All recipes as lines, the parameters that explain most first; None where nothing was varied."""
+    trials = evidence.trials
+    params = [{name: value for name, value in trial.params.items() if name != "arm"} for trial in trials]
+    names = dict.fromkeys([*found.shares, *found.conditional, *(name for own in params for name in own)])
+    varied = [name for name in names if len({own.get(name) for own in params}) > 1]
+    if len(trials) < 2 or not varied:
+        return None
+    balanced = [trial.val["fitted_balanced"] for trial in trials]
+    return parallel.recipes([trial.id for trial in trials], params, balanced, varied)
 
 
 def by_score(evidence: Evidence) -> dict[str, Effects]:
@@ -38,5 +51,6 @@ def by_score(evidence: Evidence) -> dict[str, Effects]:
     params = [{name: value for name, value in trial.params.items() if name != "arm"} for trial in trials]
     scores = {name: np.array([trial.val[f"fitted_{name}"] for trial in trials]) for name in ("balanced", *GROUPS)}
     scores["balanced, raw"] = np.array([trial.val["balanced"] for trial in trials])
-    found = {name: effects(params, values, times=DRAWS) for name, values in scores.items()}
+    laid = [evidence.run.designed(trial) for trial in trials]
+    found = {name: effects(params, values, laid, DRAWS) for name, values in scores.items()}
     return {name: own for name, own in found.items() if name == "balanced" or not own.reason}

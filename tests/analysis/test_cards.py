@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -135,3 +136,41 @@ def test_several_seeds_of_a_recipe_widen_its_interval(small: Path):
 
 def test_nothing_finished_is_no_card(tmp_path: Path):
     assert cards.cards(Evidence(load(make_run(tmp_path / "run", trials=2, classes=12, failed=2)))) == []
+
+
+@pytest.fixture
+def sized(small: Path) -> Path:
+    """Trials of 100 and 1000 weights in turn; the best has 1000."""
+    best = int(load(small).chosen["balanced"].row["number"])
+    for number in range(8):
+        change(small, number, **{"m.val.weights": 1000.0 if number % 2 == best % 2 else 100.0})
+    return small
+
+
+def test_a_small_model_is_chosen_beside_the_best(sized: Path):
+    evidence = Evidence(load(sized))
+    card, claim = claims(cards.cards(evidence))["Best of at most 500 weights"]
+    small = evidence.sizes == 100
+    i = [trial.id for trial in evidence.trials].index(card.name)
+    assert small[i] and evidence.points["balanced"][i] == evidence.points["balanced"][small].max()
+    assert card.facts["Weights"] == "100" and claim.corrected is not None
+
+
+def test_the_limit_can_be_named_and_must_leave_a_model(sized: Path):
+    evidence = Evidence(load(sized))
+    assert "Best of at most 1\u202f000 weights" in claims(cards.cards(evidence, most=1000))
+    with pytest.raises(ValueError, match="no trial has at most 99 weights: the smallest has 100"):
+        cards.cards(evidence, most=99)
+
+
+def test_models_of_one_size_have_no_card_for_small_ones(evidence):
+    assert not any("weights" in question for question, _, _ in cards.questions(evidence))
+
+
+def test_a_rival_of_the_ensemble_that_is_more_often_right_is_named(evidence):
+    found = evidence.ensembles
+    better = replace(found.ensemble, name="best 2 averaged", out_balanced=estimates.Estimate(0.987, 0.9, 1.0))
+    card = cards.ensemble_card(evidence, replace(found, baselines=[better]))
+    assert "The NLL chose it" in card.notes[0] and "best 2 averaged reaches 98.7 %" in card.notes[0]
+    worse = replace(better, out_balanced=estimates.Estimate(0.0, 0.0, 0.0))
+    assert "The NLL chose it" not in cards.ensemble_card(evidence, replace(found, baselines=[worse])).notes[0]

@@ -190,3 +190,10 @@ def test_runs_of_different_draws_are_refused_with_the_reason(two: tuple[Path, Pa
 def test_reading_needs_neither_torch_nor_ray():
     code = "import analysis.report, sys; assert not {'torch', 'ray', 'optuna'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
+
+
+def test_the_first_trials_are_of_the_design_that_the_run_says(small: Path):
+    assert not any(map(load(small).designed, load(small).trials)), "an older run does not say"
+    records.write_run(small, {**records.read_run(small), "designed": 3})
+    run = load(small)
+    assert [trial.row["number"] for trial in run.trials if run.designed(trial)] == [0, 1, 2]

@@ -119,3 +119,17 @@ def test_paper_shows_no_controls_and_every_chart(browser: Browser, written: Path
         e.getBoundingClientRect().height > 300).length]""")
     browser.call("Emulation.setEmulatedMedia", media="")
     assert shown[0] == 0 and shown[1] >= 15
+
+
+def test_a_click_on_a_recipe_keeps_the_lines_through_that_point(browser: Browser, written: Path):
+    browser.open(written)
+    faint = """(() => {
+        const chart = document.querySelector("#plot-recipes");
+        const point = chart.data.find((one) => one.mode === "lines+markers");
+        chart.emit("plotly_click", { points: [{ x: 0, y: point.y[0] }] });
+        const lines = chart.data.filter((one) => one.mode === "lines+markers");
+        return [lines.map((one) => one.opacity ?? 1), lines.map((one) => one.y[0] === point.y[0])]; })()"""
+    opacity, through = browser.ask(faint)
+    assert [value == 1 for value in opacity] == through and 0 < sum(through) < len(through)
+    opacity, _ = browser.ask(faint)
+    assert set(opacity) == {1}, "the same point again lets go"
