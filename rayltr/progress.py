@@ -16,9 +16,10 @@ QUIET_S = 15.0
 
 
 class Progress:
-    """Told of every report of every trial."""
+    """Told of every report of every trial.  farewell: what to say when the search ends before its time."""
 
     def __init__(self) -> None:
+        self.farewell = ""
         self.console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
         self.live: Live | None = None
         self.running: dict[str, Mapping[str, Any]] = {}

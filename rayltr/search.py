@@ -101,6 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if plan.study != study.name:  # a file of the user's: what is edited meanwhile must not change a running search
         plan = replace(plan, study=str(run / f"{study.name}.py"))
     progress = Progress()
+    more = [*(() if options.resume else ("--resume",)), *(() if options.name else ("--name", run.name))]
+    again = command.typed("rayltr.search", more, arguments)
+    progress.farewell = f"interrupted; what was trained is kept. Go on with:\n  {again}"
     progress.say(command.described(plan.source, data))  # type: ignore[arg-type]
     for warning in data.manifest["warnings"]:
         progress.say(f"note: {warning}")
@@ -108,9 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         before = {row["trial"] for row in records.read_trials(run).to_pylist() if row["state"] != "interrupted"}
         if searched(run, new, options, plan, aims, progress):
             return FAILED if finished(run, progress, before) else 0
-    more = [*(() if options.resume else ("--resume",)), *(() if options.name else ("--name", run.name))]
-    again = command.typed("rayltr.search", more, arguments)
-    progress.say(f"interrupted; what was trained is kept. Go on with:\n  {again}")
+    progress.say(progress.farewell)
     return INTERRUPTED
 
 

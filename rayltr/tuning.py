@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import ray
@@ -27,13 +28,16 @@ from rayltr.boards import Boards
 from rayltr.choice import repeated
 from rayltr.command import INTERRUPTED, PROBE
 from rayltr.ledger import Ledger, Settings
-from rayltr.machines import DRIVER, OWN_CPU, Shortage, connect, fitted, gone, share_of_gpu
+from rayltr.machines import DRIVER, OWN_CPU, Shortage, answers, connect, fitted, gone, share_of_gpu
 from rayltr.progress import Progress
 from rayltr.proposals import Proposals, ended
 from rayltr.studies import find, jobs, rungs
 from rayltr.unsealing import sealed, unseal
 
 __all__ = ["Settings", "Shortage", "search"]
+
+LOOK_S = 0.3
+"""Seconds between two looks whether Ray is still there, once a search is to end."""
 
 
 def run_trial(config: dict[str, Any], settings: Settings) -> None:
@@ -134,6 +138,8 @@ def at_once() -> None:
 def searched(settings: Settings, progress: Progress) -> bool:
     """`search`, which may be interrupted."""
     seed, designed = settings.plan.seed or 0, sampling.designed(settings.trials)
+    laid_out = {"random": 0, "quasi": settings.trials}.get(settings.sampler, designed)
+    records.write_run(settings.run, {**records.read_run(settings.run), "designed": laid_out})
     space = find(settings.plan.study)
     mend(Path(settings.run) / "optuna.journal")
     proposals = Proposals(
@@ -237,6 +243,20 @@ def leave(ledger: Ledger, progress: Progress) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     ledger.leave()
     progress.say("stopping: running trials finish and store their epoch (again: stop at once)")
+    Thread(target=deserted, args=(progress, ray.get_runtime_context().gcs_address), daemon=True).start()
+
+
+def deserted(progress: Progress, address: str) -> None:
+    """Ends the search when Ray is gone: a signal to all processes (of a batch system, say) ends Ray's, too.
+
+    Nothing runs any more then, and Ray itself would look for them for a minute.
+    """
+    host, _, port = address.rpartition(":")
+    while answers(host, int(port)):
+        time.sleep(LOOK_S)
+    progress.close()
+    progress.say(progress.farewell)
+    at_once()
 
 
 def same(run: str) -> Callable[[dict[str, Any]], bool]:

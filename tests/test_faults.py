@@ -138,6 +138,17 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path, first):
     assert "--resume" in search.said() and set(search.rows()) == {"0000"}
 
 
+@pytest.mark.slow
+def test_a_signal_to_all_processes_ends_a_search_with_the_command_to_go_on(tmp_path):
+    search = Search(study(tmp_path), tmp_path / "runs", "--concurrent", "1", "--snapshot-seconds", "0.1", epochs=240)
+    search.start().until("stage 1, epoch", 1)
+    wait(lambda: list(search.run.glob("store/*/*.snapshot.safetensors")))
+    search.signal(signal.SIGTERM)
+    assert search.ended(within=30) == 130
+    assert "--resume" in search.said()
+    assert search.start("--resume", "--trials", "1").ended() == 0
+
+
 @pytest.fixture
 def disk(tmp_path):
     """A disk of 16 MB of its own."""
