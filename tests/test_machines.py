@@ -3,9 +3,16 @@
 import ipaddress
 import os
 import random
+import shutil
+import signal
 import socket
+import subprocess
+import sys
+import tempfile
+import time
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import ray
@@ -14,7 +21,7 @@ from ray._private import ray_constants
 from ray.cluster_utils import Cluster
 from torch import distributed
 
-from rayltr.machines import DRIVER, Shortage, connect, fitted, gone, share_of_gpu
+from rayltr.machines import DRIVER, Shortage, answers, connect, fitted, gone, share_of_gpu
 
 psutil = import_module("psutil")  # Ray brings a copy along, which is found once Ray is imported
 
@@ -235,3 +242,49 @@ def test_shares_fill_a_gpu_but_not_the_last_tenth_of_its_memory():
 def test_a_share_of_nothing_is_refused(sizes):
     with pytest.raises(ValueError, match="must be positive"):
         share_of_gpu(*sizes)
+
+
+JOIN = """
+import ray
+from rayltr.machines import connect, fitted
+connect({address!r}, dashboard=False)
+print(fitted(1, 0.0, 1, 0))
+print(ray.get(ray.remote(lambda: "worked").remote()))
+"""
+
+
+@pytest.fixture
+def guarded(tmp_path):
+    """A cluster that asks for a token, and the environment of those who have it."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env |= {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+    ray_command = str(Path(sys.executable).with_name("ray"))
+    subprocess.run([ray_command, "get-auth-token", "--generate"], env=env, check=True, capture_output=True)
+    short = tempfile.mkdtemp()  # the names of Ray's sockets must not be long
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["start", "--head", "--block", f"--port={port}", "--num-cpus=1", "--include-dashboard=false",
+             "--node-ip-address=127.0.0.1", f"--temp-dir={short}"]  # fmt: skip
+    head = subprocess.Popen([ray_command, *words], env=env, start_new_session=True, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not answers("127.0.0.1", port):
+        assert head.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    yield f"127.0.0.1:{port}", env
+    os.killpg(head.pid, signal.SIGTERM)
+    head.wait(60)
+    shutil.rmtree(short, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_a_cluster_that_asks_for_a_token_lets_in_who_has_it(guarded, tmp_path):
+    address, env = guarded
+    joining = [sys.executable, "-c", JOIN.format(address=address)]
+    inside = subprocess.run(joining, env=env, capture_output=True, text=True, timeout=180)
+    assert inside.stdout.split("\n")[:2] == ["(0.0, 1, 1)", "worked"], inside.stderr
+    (tmp_path / "stranger").mkdir()
+    stranger = {**env, "HOME": str(tmp_path / "stranger"), "RAY_AUTH_MODE": "disabled"}
+    outside = subprocess.run(joining, env=stranger, capture_output=True, text=True, timeout=180)
+    assert outside.returncode and "worked" not in outside.stdout
+    assert f"Shortage: no Ray cluster answers at {address}" in outside.stderr
