@@ -1,7 +1,7 @@
 """The decision cards: which trials a practitioner would ship, what is known of each, and what can not be told apart."""
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +17,7 @@ from analysis.tables import anything, duration, percent, thousands
 LOSS = 0.02
 """Head accuracy that may be given up for the tail, as a fraction."""
 
+CHEAPEST = "Cheapest that cannot be told from the best"
 MAXIMUM = 5
 TIMES = 300
 """Bootstrap draws of a correction, in each of which the choice is made again."""
@@ -30,15 +31,22 @@ class Claim:
     """What a trial is chosen for: a question, the score that decides, and that score before and after correction.
 
     raw: as measured on the images that chose it.  corrected: of the choice itself, on images that did not choose;
-    None where that cannot be said.  rivals: how many others it cannot be told from; cheapest: of all these.
+    None where that cannot be said.  fresh: of a finalist, the score over its fresh seeds, which says more than both.
+    rivals: how many others it cannot be told from; cheapest: of all these.
     """
 
     question: str
     score: str
     raw: float
     corrected: Estimate | None = None
+    fresh: Estimate | None = None
     rivals: int = 0
     cheapest: str = ""
+
+    @property
+    def shown(self) -> Estimate | None:
+        """The estimate that counts."""
+        return self.fresh or self.corrected
 
     @property
     def optimism(self) -> float:
@@ -83,25 +91,25 @@ def questions(evidence: Evidence, most: float | None = None) -> list[tuple[str, 
     """(question, score that decides, how to choose).  The control is the measure, or the best trial without one."""
     if evidence.best is None:
         return []
+    everyone = np.ones(len(evidence.trials), bool)
     at = evidence.best if evidence.control is None else evidence.control
     than = "the best balanced model" if evidence.control is None else "the control"
-    own = evidence.own
     found: list[tuple[str, str, Choose]] = [
-        ("Best on balance", "balanced", lambda scores: _most(scores["balanced"], own)),
+        ("Best on balance", "balanced", lambda scores: _most(scores["balanced"], everyone)),
         (f"Best tail, at most {100 * LOSS:.0f} points of head below {than}", "few",
-         lambda scores: _most(scores["few"], own & (scores["many"] >= scores["many"][at] - LOSS))),
+         lambda scores: _most(scores["few"], scores["many"] >= scores["many"][at] - LOSS)),
         (f"Best head, tail no worse than {than}", "many",
-         lambda scores: _most(scores["many"], own & (scores["few"] >= scores["few"][at]))),
+         lambda scores: _most(scores["many"], scores["few"] >= scores["few"][at])),
     ]  # fmt: skip
     limit = evidence.sizes[evidence.best] / 2 if most is None else most
-    small = own & (evidence.sizes <= limit) & np.isfinite(evidence.sizes)
+    small = (evidence.sizes <= limit) & np.isfinite(evidence.sizes)
     if most is not None and not small.any():
-        raise ValueError(f"no trial has at most {most:,.0f} weights: the smallest has {evidence.sizes[own].min():,.0f}")
+        raise ValueError(f"no trial has at most {most:,.0f} weights: the smallest has {evidence.sizes.min():,.0f}")
     if small.any():
         found.append((f"Best of at most {thousands(limit)} weights", "balanced",
                       lambda scores: _most(scores["balanced"], small)))  # fmt: skip
     if evidence.paired:
-        found.append(("Cheapest that cannot be told from the best", "balanced", _cheapest(evidence)))
+        found.append((CHEAPEST, "balanced", _cheapest(evidence)))
     return found
 
 
@@ -116,10 +124,10 @@ def _cheapest(evidence: Evidence) -> Choose:
     spread, costs = evidence.spread, evidence.costs
 
     def choose(scores: Mapping[str, Floats]) -> int | None:
-        top = _most(scores["balanced"], evidence.own)
+        top = _most(scores["balanced"], np.ones(len(costs), bool))
         if top is None:
             return None
-        near = evidence.own & (scores["balanced"] >= scores["balanced"][top] - 1.96 * spread[top])
+        near = scores["balanced"] >= scores["balanced"][top] - 1.96 * spread[top]
         return int(np.where(near, costs, np.inf).argmin()) if np.isfinite(costs[near]).any() else top
 
     return choose
@@ -129,10 +137,13 @@ def _claim(evidence: Evidence, question: str, score: str, choose: Choose, i: int
     raw = float(evidence.points[score][i])
     if not evidence.paired:
         return Claim(question, score, raw)
-    alike = estimates.equivalents(evidence.samples[score], i) & evidence.own
+    fresh = evidence.estimate(i, score) if i in evidence.fresh else None
+    if question == CHEAPEST:  # it is the one that others are told to be as good as
+        return Claim(question, score, raw, _corrected(evidence, choose, score), fresh)
+    alike = estimates.equivalents(evidence.samples[score], i)
     cheapest = np.where(alike, evidence.costs, np.inf).argmin()
     told = evidence.trials[int(cheapest)].id if np.isfinite(evidence.costs[cheapest]) and cheapest != i else ""
-    return Claim(question, score, raw, _corrected(evidence, choose, score), int(alike.sum()) - 1, told)
+    return Claim(question, score, raw, _corrected(evidence, choose, score), fresh, int(alike.sum()) - 1, told)
 
 
 def _corrected(evidence: Evidence, choose: Choose, score: str) -> Estimate | None:
@@ -151,7 +162,7 @@ def _card(evidence: Evidence, i: int, claims: list[Claim]) -> Card:
     plain = {name: float(evidence.points[name][i]) for name in SCORES}
     measured = {name: evidence.estimate(i, name) for name in SCORES}
     scores = {name: measured[name] or Estimate(value, value, value) for name, value in plain.items()}
-    own = evidence.control is not None and evidence.control != i
+    own, again = evidence.control is not None and evidence.control != i, evidence.fresh.get(i, [])
     beyond = {name: evidence.beyond(i, evidence.control, name) if own else None for name in SCORES}  # type: ignore[arg-type]
     facts = {"Trial": trial.id, "Training": duration(trial.cost).text, "τ": f"{trial.val['tau']:.1f}",
              "Temperature": f"{trial.val['temperature']:.2g}"}  # fmt: skip
@@ -162,12 +173,18 @@ def _card(evidence: Evidence, i: int, claims: list[Claim]) -> Card:
         claims=claims,
         scores=scores,
         beyond=beyond,
-        facts=facts | ({"Seeds": str(n)} if (n := len(evidence.recipes[i])) > 1 else {}),
+        facts=facts | ({"Fresh seeds": str(len(again))} if again else {}),
         params={name: anything(value).text for name, value in trial.params.items()},
         command=export(trial),
-        test=trial.test,
+        test=averaged([one.test for one in again]) or trial.test,
         notes=[note for claim in claims if (note := told_apart(claim))],
     )
+
+
+def averaged(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The means of scores that all have; none without any."""
+    names = set.intersection(*map(set, scores)) if scores else set()
+    return {name: float(np.mean([own[name] for own in scores])) for name in sorted(names)}
 
 
 def told_apart(claim: Claim) -> str:

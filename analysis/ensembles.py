@@ -80,7 +80,7 @@ def studied(panel: Panel, *, limit: int = LIMIT, seed: int = 0, times: int = 100
     """
     if limit < 2:
         raise ValueError(f"the limit of an ensemble is at least 2 members, not {limit}")
-    found = Ensembles(groups=panel.groups, left_out=panel.left_out, experts=len(panel.experts))
+    found = Ensembles(groups=panel.groups, left_out=panel.left_out, experts=panel.own)
     if found.experts < 2:
         return replace(found, reason=f"an ensemble needs two experts; there are {found.experts}")
     search.setdefault("bags", int(np.clip(BAGGED // max(len(panel.target), 1), *BAGS)))
@@ -114,8 +114,9 @@ def studied(panel: Panel, *, limit: int = LIMIT, seed: int = 0, times: int = 100
 
 def _grown(bench: Bench, mode: str, *, limit: int, **search: Any) -> list[Judged]:
     """The greedy ensembles with at most 1, 2, ... `limit` distinct members."""
-    paths = [select(view, mode=mode, limit=limit, **search) for view in bench.views()]
-    sizes = range(1, min(limit, len(bench.panel.experts)) + 1)
+    own = list(range(bench.panel.own))
+    paths = [select(view.of(own), mode=mode, limit=limit, **search) for view in bench.views()]
+    sizes = range(1, min(limit, len(own)) + 1)
 
     def made(size: int, _: Condensed, fold: int) -> Mixture:
         return plain(paths[fold].best(size), bench.classes, mode)
@@ -171,8 +172,8 @@ def _weighted(bench: Bench, greedily: Judged, rung: str, view: Condensed, fold: 
 
 def _baselines(bench: Bench, shipped: Judged, single: Judged) -> list[Score]:
     """Averages of as many experts as were shipped: the best ones, and those of one recipe with several seeds."""
-    size, mode = len(shipped.mixtures[-1].members), shipped.mixtures[-1].mode
-    best = bench.judged(lambda view, _: equal(_ranked(view)[:size], bench.classes, mode))
+    size, mode, own = len(shipped.mixtures[-1].members), shipped.mixtures[-1].mode, list(range(bench.panel.own))
+    best = bench.judged(lambda view, _: equal(_ranked(view.of(own))[:size], bench.classes, mode))
     found = [bench.score(f"the best {size} averaged", best, single)]
     if recipes := _repeated(bench.panel.experts):
         same = bench.judged(lambda view, _: equal(_best_recipe(view, recipes, size, mode), bench.classes, mode))

@@ -135,8 +135,23 @@ def seeds(samples: Sequence[ArrayLike], seed: int = 0) -> Estimate:
     says nothing about seeds: its interval is of the images alone.
     """
     drawn = np.stack([np.asarray(one, float) for one in samples])
-    taken = np.random.default_rng(seed).integers(len(drawn), size=(drawn.shape[1], max(len(drawn) - 1, 1)))
-    return estimate(float(drawn.mean()), drawn[taken, np.arange(drawn.shape[1])[:, None]].mean(1))
+    return estimate(float(drawn.mean()), _redrawn(drawn, np.random.default_rng(seed)))
+
+
+def apart(samples: Sequence[ArrayLike], others: Sequence[ArrayLike], seed: int = 0) -> Estimate:
+    """How much better one recipe is than another, from the draws [B] of each seed of both.
+
+    The images of a draw are the same for both, the seeds are drawn for each by itself (see `seeds`).
+    """
+    one, other = (np.stack([np.asarray(own, float) for own in both]) for both in (samples, others))
+    rng = np.random.default_rng(seed)
+    return estimate(float(one.mean() - other.mean()), _redrawn(one, rng) - _redrawn(other, rng))
+
+
+def _redrawn(drawn: Floats, rng: np.random.Generator) -> Floats:
+    """The mean [B] over seeds drawn with replacement, of draws [S, B]."""
+    taken = rng.integers(len(drawn), size=(drawn.shape[1], max(len(drawn) - 1, 1)))
+    return drawn[taken, np.arange(drawn.shape[1])[:, None]].mean(1)
 
 
 def _tails(level: float) -> tuple[float, float]:

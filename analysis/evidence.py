@@ -3,8 +3,7 @@
 Everything is computed once, when it is first asked for, from explicit seeds.
 """
 
-from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -14,7 +13,6 @@ from analysis import ensembles, estimates, pareto, resample
 from analysis.ensembles import Ensembles
 from analysis.estimates import Estimate
 from analysis.load import Run, Trial
-from rayltr import choice
 from rayltr.metrics import GROUPS
 
 Floats = NDArray[np.float64]
@@ -92,19 +90,14 @@ class Evidence:
         return resample.grouped(self.hits, self.target, self.run.groups, self.draws)
 
     @cached_property
-    def own(self) -> NDArray[np.bool_]:
-        """Which trials may be chosen: none that repeats another with a seed of its own."""
-        return np.array([not choice.repeated(trial.row) for trial in self.trials], bool)
-
-    @cached_property
     def control(self) -> int | None:
         """The best of the control arm, by balanced accuracy."""
-        return self._top([i for i, trial in enumerate(self.trials) if trial.control and self.own[i]])
+        return self._top([i for i, trial in enumerate(self.trials) if trial.control])
 
     @cached_property
     def best(self) -> int | None:
         """The best by balanced accuracy that is no worse than the control."""
-        return self._top(np.flatnonzero(self.own).tolist())
+        return self._top(list(range(len(self.trials))))
 
     def _top(self, among: list[int]) -> int | None:
         scores = self.points["balanced"][among]
@@ -140,30 +133,40 @@ class Evidence:
         return ensembles.study(self.run.folder, seed=self.seed)
 
     @cached_property
-    def recipes(self) -> dict[int, list[int]]:
-        """For every trial those of the same parameters and length, itself included: other seeds of one recipe."""
-        alike: dict[tuple, list[int]] = defaultdict(list)
-        for i, trial in enumerate(self.trials):
-            alike[(trial.run, repr(sorted(trial.params.items())), trial.row["epochs_asked"])].append(i)
-        seeds = {key: {self.trials[i].row["seed"] for i in members} for key, members in alike.items()}
-        return {i: members if len(seeds[key]) > 1 else [i] for key, members in alike.items() for i in members}
+    def fresh(self) -> dict[int, list[Trial]]:
+        """The finalists by their positions: their recipes trained with seeds that chose nothing."""
+        return {i: again for i, trial in enumerate(self.trials) if (again := self.run.repeats(trial))}
+
+    @cached_property
+    def _repeated(self) -> dict[int, Scores]:
+        """The scores of fresh seeds in every draw, by the position of their finalist, each [B, seeds]."""
+        return {
+            i: resample.grouped(np.stack([one.hits() for one in again]), self.target, self.run.groups, self.draws)
+            for i, again in self.fresh.items()
+        }
+
+    def _mean(self, i: int, name: str) -> float:
+        """A score of a finalist as measured, over its fresh seeds."""
+        return float(np.mean([again.val[f"fitted_{name}"] for again in self.fresh[i]]))
 
     def estimate(self, i: int, name: str) -> Estimate | None:
-        """A score of a trial with its interval: over images, and over seeds where its recipe was repeated.
+        """A score of a trial with its interval: over images, and for a finalist over its fresh seeds.
 
-        Of a recipe with fresh seeds only these count: the search's own seed chose it, perhaps for its luck.
+        Of a finalist only these count: the search's own seed chose it, perhaps for its luck.
         """
         if not self.paired or np.isnan(self.points[name][i]):
             return None
-        alike = [j for j in self.recipes[i] if choice.repeated(self.trials[j].row)] or self.recipes[i]
-        if len(alike) > 1:
-            return estimates.seeds([self.samples[name][:, j] for j in alike])
+        if i in self.fresh:
+            return replace(estimates.seeds([*self._repeated[i][name].T]), value=self._mean(i, name))
         return estimates.estimate(float(self.points[name][i]), self.samples[name][:, i])
 
     def beyond(self, i: int, j: int, name: str) -> Estimate | None:
-        """What trial i has more than trial j, compared image by image."""
+        """What trial i has more than trial j, compared image by image; of two finalists over their fresh seeds."""
         if not self.paired or np.isnan(self.points[name][[i, j]]).any():
             return None
+        if i in self.fresh and j in self.fresh:
+            found = estimates.apart([*self._repeated[i][name].T], [*self._repeated[j][name].T])
+            return replace(found, value=self._mean(i, name) - self._mean(j, name))
         return estimates.difference(self.samples[name], i, j, self.points[name])
 
     @cached_property

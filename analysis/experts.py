@@ -55,12 +55,17 @@ class Panel:
     left_out: list[str] = field(default_factory=list)
 
     @property
+    def own(self) -> int:
+        """How many there are of the search's trials; those with fresh seeds come after them and are not chosen."""
+        return sum(not choice.repeated({"trial": expert.trial}) for expert in self.experts)
+
+    @property
     def logits(self) -> list[Floats]:
         return [expert.logits for expert in self.experts]
 
 
 def experts(folder: str | os.PathLike, *, most: int = MOST, only: str = "") -> Panel:
-    """Every head of the complete full-length trials of a run that have predictions, in the order of the trials.
+    """Every head of the complete full-length trials of a run that have predictions, fresh seeds after all others.
 
     Of more than `most` trials, those with the lowest NLL at the fitted tau in the records; or `only` one trial.
     Heads that are not finite, cannot be read or were measured on other items than the rest are left out, with the
@@ -84,7 +89,8 @@ def experts(folder: str | os.PathLike, *, most: int = MOST, only: str = "") -> P
         except ValueError as error:
             left_out.append(f"trial {row['trial']}: {error}")
     target, counts = (first.target.astype(np.int64), first.counts) if first else (np.zeros(0, np.int64),) * 2
-    return Panel(sorted(found, key=lambda e: e.trial), target, counts, metrics.groups(counts)[0], left_out)
+    found.sort(key=lambda expert: (choice.repeated({"trial": expert.trial}), expert.trial))
+    return Panel(found, target, counts, metrics.groups(counts)[0], left_out)
 
 
 def _recorded(row: Mapping[str, Any]) -> float:

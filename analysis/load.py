@@ -105,9 +105,19 @@ class Run:
     parts: "tuple[Run, ...]" = ()
 
     @property
+    def searched(self) -> list[Trial]:
+        """The trials of the search itself, without those that repeat finalists."""
+        return [trial for trial in self.trials if not choice.repeated(trial.row)]
+
+    @property
     def finished(self) -> list[Trial]:
-        """Trials that came to their end at full length; those of lower rungs only led to them."""
-        return [trial for trial in self.trials if _whole(trial.row)]
+        """Trials that came to their end at full length; those of lower rungs led to them, fresh seeds repeat them."""
+        return [trial for trial in self.searched if _whole(trial.row)]
+
+    def repeats(self, trial: Trial) -> list[Trial]:
+        """The finished trainings of a trial's recipe with fresh seeds, which the search did not choose it by."""
+        own = [other for other in self.trials if other.id.startswith(f"{trial.id}+") and _whole(other.row)]
+        return [other for other in own if other.packed is not None or trial.packed is None]
 
     @property
     def measured(self) -> list[Trial]:
@@ -173,6 +183,8 @@ def merged(runs: Sequence[Run]) -> Run:
     first = runs[0]
     if len(runs) == 1:
         return first
+    if len({os.path.abspath(run.folder) for run in runs}) < len(runs):
+        raise ValueError(f"a run is named twice: {', '.join(run.folder for run in runs)}")
     for other in runs[1:]:
         if reason := _differs(first, other):
             raise ValueError(f"{other.folder} cannot be compared with {first.folder}: {reason}")

@@ -13,7 +13,7 @@ from analysis.evidence import Evidence
 from analysis.load import Run, load, merged
 from analysis.page import Page
 from analysis.sections import appendix, decide, effort, models, trade, why
-from analysis.tables import Table, number, percent, signed, text
+from analysis.tables import Table, counted, number, percent, signed, text
 from rayltr import records
 from rayltr.metrics import GROUPS
 
@@ -64,12 +64,12 @@ def build(run: Run, most: float | None = None) -> Page:
 def lede(evidence: Evidence, deck: Sequence[Card]) -> str:
     """The outcome in two sentences."""
     run = evidence.run
-    count = f"{len(run.finished)} of {len(run.trials)} trials finished."
+    count = f"{len(run.finished)} of {counted(len(run.searched), 'trial')} finished."
     if evidence.best is None:
         return f"{count} None of them has validation scores, so there is nothing to compare yet."
     best, score = evidence.trials[evidence.best], float(evidence.points["balanced"][evidence.best])
     first = next((claim for card in deck for claim in card.claims if claim.score == "balanced"), None)
-    score = first.corrected.value if first and first.corrected else score
+    score = first.shown.value if first and first.shown else score
     reached = f"{count} The best on balance, {best.id}, predicts {percent(score).text} % of each class right on average"
     if evidence.control is None:
         return f"{reached} (validation)."
@@ -79,6 +79,13 @@ def lede(evidence: Evidence, deck: Sequence[Card]) -> str:
     if gain is None:
         plain = float(evidence.points["balanced"][evidence.control])
         return f"{reached}; plain cross-entropy with the same correction {percent(plain).text} % (validation)."
+    if evidence.best in evidence.fresh and evidence.control in evidence.fresh:
+        reached += f" with {len(evidence.fresh[evidence.best])} fresh seeds"
+    if gain.value <= 0:
+        return (
+            f"{reached} (validation). That is no more than plain cross-entropy with the same correction: "
+            f"{signed(gain.value)} points (95 % interval {signed(gain.low)} to {signed(gain.high)})."
+        )
     shown = f"{100 * gain.value:.1f} points (95 % interval {signed(gain.low)} to {signed(gain.high)})"
     if gain.low <= 0:
         return (

@@ -72,6 +72,8 @@ def ranged(estimate: Interval | None) -> Cell:
     """An estimate of a fraction as a percentage with its interval."""
     if estimate is None or math.isnan(estimate.value):
         return Cell(MISSING)
+    if not estimate.low < estimate.high:  # a single measurement has no interval
+        return percent(estimate.value)
     shown = f"{100 * estimate.value:.1f} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
     return Cell(shown, estimate.value, estimate.low, estimate.high)
 
@@ -80,6 +82,8 @@ def gained(estimate: Interval | None) -> Cell:
     """An estimate of a difference of fractions in signed percentage points with its interval."""
     if estimate is None or math.isnan(estimate.value):
         return Cell(MISSING)
+    if not estimate.low < estimate.high:
+        return points(estimate.value)
     shown = f"{signed(estimate.value)} [{signed(estimate.low)}, {signed(estimate.high)}]"
     return Cell(shown, estimate.value, estimate.low, estimate.high)
 
@@ -108,6 +112,11 @@ def signed(fraction: float) -> str:
 def thousands(n: float) -> str:
     """A whole number with narrow gaps."""
     return f"{n:,.0f}".replace(",", "\u202f")
+
+
+def counted(n: int, what: str) -> str:
+    """`1 trial`, `2 trials`."""
+    return f"{thousands(n)} {what}{'' if n == 1 else 's'}"
 
 
 def absent(value: Any) -> bool:

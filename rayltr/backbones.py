@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rayltr.transformers import TwoTokens
+
 
 class Pooled(nn.Module):
     """A convolutional network `trunk` and the average over the places of its feature map."""
@@ -180,11 +182,34 @@ def _reduce(body: Any) -> None:
         setattr(body, name, made)
 
 
-BACKBONES = {f.__name__: f for f in (resnet20, resnet32, timm, torchvision)}
+def deit(
+    *,
+    size: int = 32,
+    patch: int = 4,
+    width: int = 192,
+    depth: int = 12,
+    heads: int = 3,
+    drop_path: float = 0.1,
+    crop: float = 1.0,
+    imagenet: bool = False,
+) -> nn.Module:
+    """A vision transformer with a class and a distillation token (Touvron et al., DeiT, 2021), from random weights.
+
+    size: the side of its images; others are resized to size / `crop` and cut in the middle.  width: of the tokens
+    (DeiT-Ti, S, B: 192, 384, 768 with 3, 6, 12 heads).  drop_path: of the last block, rising from 0 (stochastic
+    depth).  imagenet: normalise by ImageNet's statistics.  Raises ValueError if heads do not divide the width.
+    """
+    made = importlib.import_module("timm.models.deit").VisionTransformerDistilled  # late: slow to import
+    sides = {"img_size": size, "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
+    body = _created(lambda: made(**sides, num_classes=0, drop_path_rate=drop_path), "deit", False)
+    return TwoTokens(body, crop, imagenet)
+
+
+BACKBONES = {f.__name__: f for f in (resnet20, resnet32, timm, torchvision, deit)}
 
 
 class Normalised(nn.Module):
-    """A backbone for images in [0, 1]: subtracts `mean` and divides by `std` per channel first."""
+    """A backbone for images in [0, 1]: subtracts `mean` and divides by `std`, or its own `statistics`, first."""
 
     mean: Tensor
     std: Tensor
@@ -192,10 +217,12 @@ class Normalised(nn.Module):
     def __init__(self, body: Any, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.body, self.dim = body, body.dim
+        mean, std = getattr(body, "statistics", None) or (mean, std)
         self.register_buffer("mean", torch.as_tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.as_tensor(std).view(1, 3, 1, 1))
 
     def normalised(self, images: Tensor) -> Tensor:
+        images = self.body.sized(images) if hasattr(self.body, "sized") else images
         return (images - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:

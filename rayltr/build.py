@@ -52,6 +52,7 @@ def method(stage: Stage, facts: Facts, teacher: nn.Module | None = None) -> nn.M
         counts=counts,
         teacher=teacher,
         layer=catalogue.completed("mixing", stage.mixing).get("layer") if stage.mixing else None,
+        batch=stage.batch,
     )
     keywords = catalogue.completed("method", stage.method).keywords
     made = import_module(f"rayltr.methods.{stage.method.name}").Method(parts, **dict(keywords))
@@ -78,13 +79,17 @@ def teacher(stage: Stage, facts: Facts, state: State) -> nn.Module:
 def adopt(module: nn.Module, state: State, *, again: bool = False) -> None:
     """Gives a module the kept weights of a finished stage, strictly.
 
-    What the module declares in `fresh` (prefixes of names) keeps its own start, unless the module is the finished
-    stage `again`.  Raises ValueError naming the first weight that is missing, left over, or of another shape.
+    What the module declares in `fresh` (prefixes of names) keeps its own start, and its function `inherit`, if it has
+    one, says which weights become which; neither holds for a module that is the finished stage `again`.  Raises
+    ValueError naming the first weight that is missing, left over, or of another shape.
     """
     own = module.state_dict()
     fresh = () if again else tuple(getattr(module, "fresh", ()))
     needed = module.keep() if again and hasattr(module, "keep") else own  # type: ignore[operator]
-    given = {name: state.model[name] for name in state.kept if not name.startswith(fresh or "\0")}
+    kept = {name: state.model[name] for name in state.kept}
+    if hasattr(module, "inherit") and not again:
+        kept = module.inherit(kept)  # type: ignore[operator]
+    given = {name: value for name, value in kept.items() if not name.startswith(fresh or "\0")}
     for name, value in given.items():
         if name not in own:
             raise ValueError(f"the weight {name} of the parent stage has no place in this stage")
@@ -96,10 +101,19 @@ def adopt(module: nn.Module, state: State, *, again: bool = False) -> None:
     module.load_state_dict(given, strict=False)
 
 
+def weights(stage: Stage, facts: Facts) -> int:
+    """How many weights a trained stage keeps: the size of the model that an export writes."""
+    module = method(stage, facts)
+    kept = set(module.keep()) if hasattr(module, "keep") else set(module.state_dict())  # type: ignore[operator]
+    return sum(parameter.numel() for name, parameter in module.named_parameters() if name in kept)
+
+
 def optimiser(stage: Stage, module: nn.Module) -> torch.optim.Optimizer:
     """The optimiser over what the method trains; a stage of no epochs may have nothing to train."""
     trained: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
     made = function("optimiser", stage.optimiser)(trained or [torch.zeros(1, requires_grad=True)])
     for group in made.param_groups:
         group["initial_lr"] = group["lr"]
+    if hasattr(module, "obey"):
+        module.obey(made)  # type: ignore[operator]
     return made

@@ -45,7 +45,7 @@ class Signature:
     """What may be written in a Fn: defaults by keyword, and the keywords that have none.
 
     Of a method: taught, it needs a teacher; views, how many it needs; own_loss, its loss is a part of it, so that a
-    stage chooses none, nor a class weight or a mixing.
+    stage chooses none, nor a class weight or a mixing; own_weight, it uses the class weight elsewhere than in the loss.
     """
 
     defaults: dict[str, Any]
@@ -53,6 +53,7 @@ class Signature:
     taught: bool = False
     views: int = 1
     own_loss: bool = False
+    own_weight: bool = False
 
     @property
     def keywords(self) -> tuple[str, ...]:
@@ -101,8 +102,8 @@ def _method(path: Path) -> Signature:
     made = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Method")
     sign = _signature(next(f for f in made.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"))
     said = {ast.unparse(n.targets[0]): n.value for n in made.body if isinstance(n, ast.Assign)}
-    facts = {name: ast.literal_eval(said[name]) for name in ("taught", "views", "own_loss") if name in said}
-    return replace(sign, **facts)
+    told = ("taught", "views", "own_loss", "own_weight")
+    return replace(sign, **{name: ast.literal_eval(said[name]) for name in told if name in said})
 
 
 def _table(tree: ast.Module, name: str) -> dict[str, str]:
@@ -228,9 +229,10 @@ def _check(stage: Stage) -> None:
         raise ValueError(f"the stage ends at epoch {end(stage)}, beyond its horizon of {stage.horizon} epochs")
     if not stage.views:
         raise ValueError("a stage needs at least one view; fn('identity') leaves images as they are")
-    if stage.weight and stage.loss.name in unweighted():
+    sign = signature("method", stage.method)
+    if stage.weight and stage.loss.name in unweighted() and not sign.own_weight:
         raise ValueError(f"the loss {stage.loss.name} takes no class weight: {unweighted()[stage.loss.name]}")
-    _check_method(stage, signature("method", stage.method))
+    _check_method(stage, sign)
     if stage.resume:
         _check_resume(stage, stage.resume)
 

@@ -67,13 +67,15 @@ def alone(run: Path, info: Mapping[str, Any], out: Path, options: argparse.Names
     cleared(out)
     shipping.weighed(out, found)
     measured = {key[2:]: value for key, value in row.items() if key.startswith("m.") and value is not None}
-    shipping.described(out, found.facts.classes, {"trial": row["trial"], **measured}, manifest(info, [row]))
+    price = shipping.price(found.model, found.facts.size)
+    about = {**manifest(info, [row]), "price": price}
+    shipping.described(out, found.facts.classes, {"trial": row["trial"], **measured}, about)
     rows = records.read_trials(run).to_pylist()
     trials = [other for other in rows if other["state"] == "complete" and not repeated(other)]
     how = model_card.chosen(len(trials), options.trial, options.best)
     if np.any(bias):
         how += " A bias for each class group was added to the logits after these numbers were measured."
-    (out / "README.md").write_text(model_card.of_trial(info, row, how))
+    (out / "README.md").write_text(model_card.of_trial(info, row, f"{how} {model_card.seeds(row, rows)}", price))
     own_code(run, row, out)
     if options.onnx:
         shipping.onnx(out, found.model, found.facts.size)
@@ -96,8 +98,10 @@ def together(run: Path, info: Mapping[str, Any], out: Path, options: argparse.Na
     ]
     cleared(out)
     model = import_module("rayltr.ensemble").written(out, found, note)
-    shipping.described(out, found[0].facts.classes, note["validation"], manifest(info, [*rows.values()]))
-    (out / "README.md").write_text(model_card.of_ensemble(info, note, [*rows.values()]))
+    price = shipping.price(model, size)
+    about = {**manifest(info, [*rows.values()]), "price": price}
+    shipping.described(out, found[0].facts.classes, note["validation"], about)
+    (out / "README.md").write_text(model_card.of_ensemble(info, note, [*rows.values()], price))
     for folder, row in rows.items():
         own_code(run, row, out / folder)
     if options.onnx:

@@ -25,7 +25,7 @@ class Parts:
 
     `loss(logits [B,C], target [B], counts [C], features [B,D]) -> [B]`; `weight` is [C] or None; `teacher` is frozen,
     in eval mode, and None where the method only predicts.  layer: where inside the network a mixed batch is mixed, or
-    None when its images are mixed already.
+    None when its images are mixed already.  batch: images of a step, of all workers.
     """
 
     backbone: Callable[[], nn.Module]
@@ -35,6 +35,7 @@ class Parts:
     counts: Tensor
     teacher: nn.Module | None = None
     layer: str | None = None
+    batch: int = 1
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class State:
 
     model: the complete state of the method.  kept: the names that later stages and exports may read.
     optimiser: state tensors by parameter position and name.  epoch: the clock.  history: one record per epoch of this
-    stage (see `rayltr.train.checked`).
+    stage (see `rayltr.train.checked`).  rows: what is missing in `model` because the workers share it by rows, this
+    worker's stretch of them (see `rayltr.parallel.share`); shards: where a store has them, file and number of rows.
     """
 
     model: dict[str, Tensor]
@@ -69,6 +71,8 @@ class State:
     epoch: int
     kept: tuple[str, ...] = ()
     history: list[dict] = field(default_factory=list)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    shards: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)

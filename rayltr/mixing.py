@@ -103,6 +103,31 @@ def manifold(
     return Mixed((images, target[partner], _weight(images, share)), partner)
 
 
+def mixup_or_cutmix(
+    images: Tensor,
+    target: Tensor,
+    counts: Tensor,
+    generator: Generator,
+    *,
+    alpha: float = 0.8,
+    cutmix_alpha: float = 1.0,
+    switch: float = 0.5,
+) -> Mixed:
+    """Mixup, or with probability `switch` CutMix, of each image with the one at its place from the batch's end.
+
+    The form of timm, which DeiT trains with (Touvron et al., 2021): lambda ~ Beta(alpha, alpha) for mixup,
+    Beta(cutmix_alpha, cutmix_alpha) for the box, which is that of `cutmix`; one kind and one lambda per batch.
+    """
+    kind = torch.rand((), generator=generator, device=generator.device) < switch
+    share, side = _beta(alpha, generator), (1 - _beta(cutmix_alpha, generator)).sqrt()
+    rows, columns = (_span(length, side, generator) for length in images.shape[2:])
+    # how much of each pixel stays: the box is one, too
+    stays = torch.where(kind, 1 - (rows[:, None] & columns).double(), share).to(images.device)
+    partner = torch.arange(len(images) - 1, -1, -1, device=images.device)
+    mixed = torch.lerp(images[partner], images, stays.to(images.dtype))
+    return Mixed((mixed, target[partner], _weight(images, stays.mean())), partner)
+
+
 def bbn_mix(images: Tensor, target: Tensor, counts: Tensor, generator: Generator, *, alpha: float = 1.0) -> Mixed:
     """Mixup of each image with the one that follows it, for the sampler `reverse` (Zhang et al., 2021).
 
@@ -116,7 +141,7 @@ def bbn_mix(images: Tensor, target: Tensor, counts: Tensor, generator: Generator
     return Mixed((mixed, target[1::2], _weight(mixed, share)))
 
 
-MIXINGS = {f.__name__: f for f in (mixup, cutmix, remix, manifold, bbn_mix)}
+MIXINGS = {f.__name__: f for f in (mixup, cutmix, remix, manifold, mixup_or_cutmix, bbn_mix)}
 
 
 def blend(x: Tensor, partner: Tensor, share: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
 from typing import Any
 
 from rayltr.choice import score
@@ -19,21 +20,21 @@ fitted on the validation images alone.
 """
 
 
-def of_trial(info: Mapping[str, Any], row: Mapping[str, Any], how: str) -> str:
-    """The card of one trial.  how: a sentence that says how it was chosen."""
+def of_trial(info: Mapping[str, Any], row: Mapping[str, Any], how: str, price: Mapping[str, Any]) -> str:
+    """The card of one trial.  how: sentences that say how it was chosen; price: `rayltr.shipping.price`."""
     cells = [(score(row, f"fitted_{name}"), row.get(f"m.test.fitted_{name}")) for name in GROUPS]
     table = [f"| {name} | {percent(val)} | {percent(test)} |" for name, (val, test) in zip(GROUPS, cells, strict=True)]
     params = [f"- {key[2:]}: {value}" for key, value in row.items() if key[:2] == "p." and value is not None]
     return f"""# {info["study"]}, trial {row["trial"]}
 
-{purpose(info)} Backbone: {backbone(row)}.
+{purpose(info)} Backbone: {backbone(row)}. {cost(price)}
 
 | accuracy, % | validation | test |
 |---|---|---|
 {lines(table)}
 
 Measured at tau = {score(row, "tau"):.1f} and temperature {score(row, "temperature"):.2f}, fitted on validation and
-folded into the classifier: the logits are already corrected for the class prior. {how} One seed ({row["seed"]}).
+folded into the classifier: the logits are already corrected for the class prior. {how}
 {opened(info)}
 
 ## Recipe
@@ -45,8 +46,13 @@ The whole recipe is the field `recipe` of `config.json`; `python -m rayltr.train
 {LIMITS}"""
 
 
-def of_ensemble(info: Mapping[str, Any], note: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    """The card of an ensemble.  note: its ensemble.json; rows: of the trials table, one for each member."""
+def of_ensemble(
+    info: Mapping[str, Any], note: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], price: Mapping[str, Any]
+) -> str:
+    """The card of an ensemble.
+
+    note: its ensemble.json; rows: of the trials table, one for each member; price: `rayltr.shipping.price`.
+    """
     validation = [f"| {name} | {percent(note['validation'].get(name))} |" for name in GROUPS]
     members = [
         f"| {entry['folder']} | {backbone(row)} | {entry['tau']:.1f} | {entry['temperature']:.2f} "
@@ -55,7 +61,7 @@ def of_ensemble(info: Mapping[str, Any], note: Mapping[str, Any], rows: Sequence
     ]
     return f"""# {info["study"]}, ensemble of {len(rows)}
 
-{purpose(info)} {MODES[note["mode"]]}
+{purpose(info)} {MODES[note["mode"]]} {cost(price)}
 
 | accuracy, % | validation |
 |---|---|
@@ -81,6 +87,28 @@ def chosen(trials: int, trial: str | None, best: str) -> str:
     if trial:
         return f"It was named by hand, one of {trials} complete trials."
     return f"It was chosen on validation, for the best `{best}` of {trials} complete trials."
+
+
+def seeds(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """How often the recipe was trained: with one seed, or with others, too, and what these found."""
+    origin = row["trial"].partition("+")[0]
+    own = [other for other in rows if other["trial"].startswith(f"{origin}+") and other["state"] == "complete"]
+    found = [score(other, "fitted_balanced") for other in own]
+    if not found:
+        return f"One seed ({row['seed']})."
+    spread = f" (standard deviation {100 * stdev(found):.1f})" if len(found) > 1 else ""
+    return (
+        f"Its seed is {row['seed']}; {len(found)} fresh seeds of its recipe reach {percent(fmean(found))} % "
+        f"balanced{spread} on validation."
+    )
+
+
+def cost(price: Mapping[str, Any]) -> str:
+    machine = f"{price['processor']}, {price['threads']} thread{'s' if price['threads'] > 1 else ''}"
+    return (
+        f"It has {price['weights']:,} weights; an image alone takes {price['ms_per_image']:.3g} ms where this was "
+        f"written ({machine})."
+    )
 
 
 def doubt(note: Mapping[str, Any]) -> str:

@@ -37,9 +37,21 @@ def adamw(
     weight_decay: float = 0.05,
     beta1: float = 0.9,
     beta2: float = 0.999,
+    spare: bool | None = None,
 ) -> Optimizer:
-    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019)."""
-    return torch.optim.AdamW(parameters, lr=lr, betas=(beta1, beta2), weight_decay=weight_decay)
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019).
+
+    With `spare` the decay leaves out biases and norms, which have one dimension, and the tokens and positions of
+    transformers, which have three.
+    """
+    given = _spared(parameters) if spare else parameters
+    return torch.optim.AdamW(given, lr=lr, betas=(beta1, beta2), weight_decay=weight_decay)
+
+
+def _spared(parameters: Parameters) -> list[dict[str, Any]]:
+    whole: list[Any] = [*parameters]
+    decayed, others = ([p for p in whole if (p.dim() in (2, 4)) is kept] for kept in (True, False))
+    return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
 
 
 class SAM(Optimizer):
@@ -172,10 +184,22 @@ def constant(t: float, *, warmup: float = 0.0) -> float:
     return _warm(t, warmup) if t <= warmup else 1.0
 
 
-def cosine(t: float, *, warmup: float = 0.0, final: float = 0.0) -> float:
-    """Linear from 0 to 1 over `warmup`, then half a cosine down to `final` at t = 1 (Loshchilov and Hutter, 2017)."""
+def cosine(
+    t: float,
+    *,
+    warmup: float = 0.0,
+    final: float = 0.0,
+    warmup_from: float | None = None,
+    beneath: bool | None = None,
+) -> float:
+    """Linear to 1 over `warmup`, then half a cosine down to `final` at t = 1 (Loshchilov and Hutter, 2017).
+
+    The warm-up begins at `warmup_from`, None is 0.  With `beneath` the cosine begins at t = 0, beneath the warm-up,
+    as timm's does.
+    """
     if t <= warmup:
-        return _warm(t, warmup)
+        return _warm(t, warmup, warmup_from or 0.0)
+    warmup = 0.0 if beneath else warmup
     return final + (1 - final) * (1 + math.cos(math.pi * (t - warmup) / (1 - warmup))) / 2
 
 

@@ -68,6 +68,45 @@ def gather_rows(x: Tensor) -> tuple[Tensor, int]:
     return rows, sum(sizes[: rank()])
 
 
+def share(rows: int, number: int, workers: int) -> tuple[int, int]:
+    """Where worker `number` begins in so many rows, and how many are its own: neighbours, as evenly as can be."""
+    each, over = divmod(rows, workers)
+    return each * number + min(number, over), each + (number < over)
+
+
+def sizes_of(x: Tensor) -> list[int]:
+    """How many rows each worker has."""
+    return gather(torch.tensor([len(x)], device=x.device)).tolist()
+
+
+def everyones(x: Tensor, sizes: list[int]) -> Tensor:
+    """`x` [n, ...] of all workers one below the other [G, ...], without gradient; sizes: how many rows each has."""
+    return x if world() == 1 else _exchanged(torch.cat([x] * world()), [len(x)] * world(), sizes)
+
+
+def returned(x: Tensor, sizes: list[int]) -> Tensor:
+    """The sum over the workers of those rows of `x` [G, ...] that came from this one, without gradient."""
+    if world() == 1:
+        return x
+    own = sizes[rank()]
+    return _exchanged(x, sizes, [own] * world()).view(world(), own, *x.shape[1:]).sum(0)
+
+
+def _exchanged(x: Tensor, given: list[int], taken: list[int]) -> Tensor:
+    """Gives each worker its rows of `x`, and takes what the others have for this one."""
+    found = x.new_empty(sum(taken), *x.shape[1:])
+    distributed.all_to_all_single(found, x.contiguous(), taken, given)
+    return found
+
+
+def all_max(x: Tensor) -> Tensor:
+    """The largest `x` of the workers, place by place, without gradient; the same shape everywhere."""
+    most = x.clone()
+    if world() > 1:
+        distributed.all_reduce(most, distributed.ReduceOp.MAX)
+    return most
+
+
 class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation over the images of all workers, however many each of them has; on any device.
 
@@ -133,6 +172,14 @@ def agreed(value: Any) -> Any:
     box = [value]
     distributed.broadcast_object_list(box)
     return box[0]
+
+
+def all_told(value: Any) -> list[Any]:
+    """The values of all workers, on every worker."""
+    found = [value] * world()
+    if world() > 1:
+        distributed.all_gather_object(found, value)
+    return found
 
 
 def barrier() -> None:

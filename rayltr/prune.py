@@ -25,7 +25,7 @@ from rayltr.choice import best
 from rayltr.objectives import direction
 from rayltr.spec import end, line, parse
 
-WEIGHTS = re.compile(r"\d{6}(\.snapshot)?\.(json|safetensors)")
+WEIGHTS = re.compile(r"(\d{6}(\.snapshot)?)(\.rows\d+)?\.(json|safetensors)")
 STALE = re.compile(r".*\.[0-9a-f]{32}\.(part|tmp|stale)|\.probe-[0-9a-f]{32}")
 """What a crash leaves of a file that was being written, see `rayltr.records.put` and `rayltr.claims`."""
 
@@ -136,8 +136,14 @@ def superfluous(run: Path, needed: Container[str]) -> list[Path]:
     stored = [path for path in run.glob("store/*/*") if path.name == "claim" or WEIGHTS.fullmatch(path.name)]
     places = ("*", "records/*", "store/*", "store/*/*")
     stale = [path for place in places for path in run.glob(place) if STALE.fullmatch(path.name)]
-    doomed = [path for path in stored if str(path.with_suffix("")) not in needed] + stale
+    doomed = [path for path in stored if base(path) not in needed] + stale
     return sorted(doomed, key=lambda path: (path.suffix != ".json", path))
+
+
+def base(path: Path) -> str:
+    """A path without the suffixes of weights; those of one stage at one epoch have it in common."""
+    found = WEIGHTS.fullmatch(path.name)
+    return str(path.with_name(found[1]) if found else path)
 
 
 def remove(files: Collection[Path]) -> None:
@@ -162,7 +168,7 @@ def kept(why: Mapping[str, Sequence[str]], needed: Mapping[str, Sequence[str]]) 
 
 def described(files: Iterable[Path], ends: Container[str]) -> str:
     """How many of which kind; `ends`: where the last stages of trials lie."""
-    names = {str(path.with_suffix("") if WEIGHTS.fullmatch(path.name) else path) for path in files}
+    names = {base(path) for path in files}
     kinds = Counter(kind(name, ends) for name in names)
     return ", ".join(f"{what}: {number}" for what, number in sorted(kinds.items()))
 

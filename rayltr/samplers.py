@@ -44,6 +44,18 @@ def reverse(counts: Tensor, target: Tensor, t: float, generator: Generator) -> T
     return torch.stack([ordinary, companions], 1).flatten()
 
 
+def repeated(counts: Tensor, target: Tensor, t: float, generator: Generator, *, repeats: int = 3) -> Tensor:
+    """Shuffled images, each `repeats` times in a row, of which the first N come: the repeated augmentation of DeiT.
+
+    N is rounded down to a multiple of 256 where there are so many, as in timm.  With three repeats an epoch shows a
+    third of the images, three times each, with views of their own.  Raises ValueError for repeats < 1.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats of the sampler repeated is at least 1, not {repeats}")
+    size = len(target) // 256 * 256 or len(target)
+    return torch.randperm(len(target), generator=generator).repeat_interleave(repeats)[:size]
+
+
 def oversample(counts: Tensor, target: Tensor, t: float, generator: Generator) -> Tensor:
     """K n_max indices, shuffled: every class as often as the largest is large (Buda et al., 2018).
 
@@ -65,6 +77,46 @@ def undersample(counts: Tensor, target: Tensor, t: float, generator: Generator) 
     size = torch.bincount(target)
     chosen = _ranks(target, generator) < size[size > 0].min()
     return _shuffled(chosen.nonzero().squeeze(1), generator)
+
+
+def class_aware(
+    counts: Tensor, target: Tensor, t: float, generator: Generator, *, each: int = 2, walks: int = 1
+) -> Tensor:
+    """N indices: the classes in a shuffled cycle, `each` neighbours of every one in turn (Kang et al., 2020).
+
+    The images of a class come in a shuffled cycle, too, so that none is repeated before all were shown.  Both cycles
+    are shuffled anew whenever they begin.  `each` is the published programs' num_samples_cls (SSD 2, Decoupling 4).
+    With several `walks`, the workers of those programs, a permutation of the images is dealt out to them in turn, its
+    first images again where it does not suffice; each walk knows only the classes it was dealt, and the walks
+    alternate: W ceil(N / W) indices.  Raises ValueError for numbers below 1.
+    """
+    if min(each, walks) < 1:
+        raise ValueError(f"each and walks of class_aware are at least 1, not {each} and {walks}")
+    order = torch.randperm(len(target), generator=generator)
+    length = -(-len(order) // walks)
+    order = order.repeat(-(-length * walks // len(order)))[: length * walks]
+    hands = order.view(length, walks).unbind(1)
+    return torch.stack([hand[_walk(target[hand], each, generator)] for hand in hands], 1).flatten()
+
+
+def _walk(target: Tensor, each: int, generator: Generator) -> Tensor:
+    """As many positions in `target` [N] as it has: cycles over classes, and inside each class over its images."""
+    _, classes = target.unique(return_inverse=True)
+    size = torch.bincount(classes)
+    tour = _cycles(torch.arange(len(size)), -(-len(classes) // each), generator)
+    drawn = tour.repeat_interleave(each)[: len(classes)]
+    often = torch.bincount(drawn, minlength=len(size))
+    members = classes.argsort(stable=True).split(size.tolist())
+    decks = [_cycles(own, n, generator) for own, n in zip(members, often.tolist(), strict=True)]
+    found = torch.empty_like(drawn)
+    found[drawn.argsort(stable=True)] = torch.cat(decks)
+    return found
+
+
+def _cycles(values: Tensor, length: int, generator: Generator) -> Tensor:
+    """The first `length` of the values over and over, shuffled anew each time."""
+    rounds = [_shuffled(values, generator) for _ in range(-(-length // len(values)))]
+    return torch.cat([values[:0], *rounds])[:length]
 
 
 def _drawn(probabilities: Tensor, target: Tensor, generator: Generator) -> Tensor:
@@ -94,7 +146,7 @@ def _shuffled(indices: Tensor, generator: Generator) -> Tensor:
     return indices[torch.randperm(len(indices), generator=generator)]
 
 
-SAMPLERS = {f.__name__: f for f in (power, progressive, reverse, oversample, undersample)}
+SAMPLERS = {f.__name__: f for f in (power, progressive, reverse, oversample, undersample, repeated, class_aware)}
 
 
 def power_probabilities(counts: Tensor, t: float, *, q: float = 1.0) -> Tensor:
@@ -125,12 +177,24 @@ def balanced_probabilities(counts: Tensor, t: float) -> Tensor:
     return power_probabilities(counts, t, q=0.0)
 
 
+def repeated_probabilities(counts: Tensor, t: float, *, repeats: int = 3) -> Tensor:
+    """n / N, however often an image is repeated, float64 [C]."""
+    return power_probabilities(counts, t)
+
+
+def class_aware_probabilities(counts: Tensor, t: float, *, each: int = 2, walks: int = 1) -> Tensor:
+    """1/K for the classes that have images, float64 [C]; a walk that was not dealt a class passes it over."""
+    return balanced_probabilities(counts, t)
+
+
 _PROBABILITIES = {
     "power": power_probabilities,
     "progressive": progressive_probabilities,
     "reverse": reverse_probabilities,
     "oversample": balanced_probabilities,
     "undersample": balanced_probabilities,
+    "repeated": repeated_probabilities,
+    "class_aware": class_aware_probabilities,
 }
 
 

@@ -1,9 +1,12 @@
 """Models to ship as folders, in timm's form where timm can load them, and as ONNX."""
 
 import json
+import platform
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,8 @@ from rayltr.interface import Facts, Resources, State
 from rayltr.spec import dump, fn, parse
 
 SCHEMA = 1
+WARM_UP, TIMED = 3, 15
+"""Images that are not timed, and that are, one by one, to say what an image takes."""
 
 
 def weighed(out: Path, found: Finished) -> None:
@@ -55,7 +60,7 @@ def form(found: Finished) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config and the weights, in timm's form where timm can load them."""
     model = found.model
     if isinstance(model, Headed):
-        return headed_form(found, model)
+        return two_token_form(found, model) or headed_form(found, model)
     if found.stage.backbone.name != "timm" or model.normalise:
         return own_form(found, model)
     try:
@@ -76,6 +81,23 @@ def headed_form(found: Finished, model: Headed) -> tuple[dict[str, Any], dict[st
     kept = model.method.keep() if hasattr(model.method, "keep") else own  # type: ignore[operator]
     form = {"architecture": f"rayltr/{found.stage.method.name}", "head": model.head}
     return {**form, **common(found)}, {name: own[name] for name in kept}
+
+
+def two_token_form(found: Finished, model: Headed) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """The mean of two tokens' linear classifiers under timm's own names, each of them with the adjustment.
+
+    None for another head, and where the network resizes the images, which timm's does not.
+    """
+    own = getattr(model.method, "as_timm", lambda: None)() if model.head == "main" else None
+    if own is None or found.facts.size != (own[1]["img_size"],) * 2:
+        return None
+    name, sides, weights = own
+    for head in ("head", "head_dist"):
+        weights[f"{head}.weight"] = weights[f"{head}.weight"] / model.temperature
+        weights[f"{head}.bias"] = weights[f"{head}.bias"] / model.temperature + model.shift
+    config = {**common(found), "num_features": sides["embed_dim"], "model_args": sides}
+    config["pretrained_cfg"] |= {"classifier": ["head", "head_dist"], "architecture": name, "fixed_input_size": True}
+    return {"architecture": name, **config}, weights
 
 
 def timm_form(found: Finished, model: Shipped) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -123,7 +145,8 @@ def rebuilt(config: Mapping[str, Any], weights: dict[str, Tensor]) -> nn.Module:
         model = Shipped(backbone, classes, config["normalise"])
         model.load_state_dict(weights)
         return model
-    made = import_module("timm").create_model(config["architecture"], num_classes=classes)
+    sides = config.get("model_args", {})
+    made = import_module("timm").create_model(config["architecture"], num_classes=classes, **sides)
     made.load_state_dict(weights)
     made.dim = classes
     return Normalised(made, normal["mean"], normal["std"])
@@ -151,6 +174,29 @@ def onnx(out: Path, model: nn.Module, size: tuple[int, int]) -> Path:
     torch.onnx.export(model.eval(), (torch.rand(2, 3, *size),), path, input_names=["images"], output_names=["logits"],
                       dynamic_shapes=({0: batch},), dynamo=True, external_data=False, verbose=False)  # fmt: skip
     return path
+
+
+@torch.inference_mode()
+def price(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
+    """What using a model takes here: its weights, milliseconds for one image (median), and the machine."""
+    image, seconds = torch.rand(1, 3, *size), []
+    for _ in range(WARM_UP + TIMED):
+        began = time.perf_counter()
+        model.eval()(image)
+        seconds.append(time.perf_counter() - began)
+    weights = sum(value.numel() for value in model.parameters())
+    machine = {"processor": processor(), "threads": torch.get_num_threads()}
+    return {"weights": weights, "ms_per_image": 1000 * median(seconds[WARM_UP:]), **machine}
+
+
+def processor() -> str:
+    """The name of this machine's processor, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 @torch.inference_mode()

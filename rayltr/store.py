@@ -2,7 +2,8 @@
 
 `<root>/<line>/000120.safetensors` holds the tensors of a stage at epoch 120 and `000120.json`, written last, makes
 them count: it carries the stage, a checksum and the history.  `000037.snapshot.json` marks a stop on the way, which
-the next one replaces.  `000120.val.parquet` holds predictions.  Nothing is ever unpickled.
+the next one replaces.  `000120.rows0.safetensors` holds what the first worker has of tensors that workers share by
+rows; any number of workers may go on from them.  `000120.val.parquet` holds predictions.  Nothing is ever unpickled.
 """
 
 import contextlib
@@ -11,13 +12,18 @@ import json
 import logging
 import os
 import uuid
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
+import torch
 from pyarrow import fs as arrow
 from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 
 from rayltr.claims import Claim, take
 from rayltr.interface import State
+from rayltr.parallel import share
 from rayltr.records import filesystem, put
 from rayltr.spec import Stage, dump, end, line, start
 
@@ -68,8 +74,33 @@ class Store:
                 return json.loads(self._bytes(f"{self._base(stage, epoch, partial)}.json"))["history"]
         return []
 
-    def put(self, stage: Stage, state: State, *, partial: bool = False) -> None:
-        """Stores a state of the stage, at its end or on the way (`partial`); earlier snapshots of the line go."""
+    def put_rows(self, stage: Stage, state: State, number: int, *, partial: bool = False) -> dict[str, Any] | None:
+        """Stores the rows of worker `number`, if there are any; what `put` has to know of them."""
+        if not state.rows:
+            return None
+        body, path = bytes_of(state.rows), f"{self._base(stage, state.epoch, partial)}.rows{number}.safetensors"
+        self.files.create_dir(f"{self.root}/{line(stage)}", recursive=True)
+        put(self.files, path, body)
+        many = len(next(iter(state.rows.values())))
+        return {"file": os.path.basename(path), "rows": many, "checksum": checksum(body)}
+
+    def fetched(self, state: State, number: int, workers: int) -> State:
+        """A stored state with the rows of worker `number` of `workers`, however many there were when it was stored."""
+        first, many = share(sum(rows for _, rows in state.shards), number, workers)
+        parts, begin = [], 0
+        for path, rows in state.shards:
+            low, high = max(first - begin, 0), min(first + many - begin, rows)
+            if low < high:
+                found = tensors_of(self._bytes(path))
+                parts.append({name: value[low:high].clone() for name, value in found.items()})
+            begin += rows
+        return replace(state, rows={name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+    def put(self, stage: Stage, state: State, *, partial: bool = False, shards: Sequence[dict[str, Any]] = ()) -> None:
+        """Stores a state of the stage, at its end or on the way (`partial`); earlier snapshots of the line go.
+
+        shards: what `put_rows` said, in the order of the workers.
+        """
         body = bytes_of(
             {f"model.{name}": value for name, value in state.model.items()}
             | {f"optimiser.{name}": value for name, value in state.optimiser.items()}
@@ -80,12 +111,16 @@ class Store:
             "epoch": state.epoch,
             "kept": list(state.kept),
             "history": state.history,
-            "checksum": hashlib.blake2b(body, digest_size=20).hexdigest(),
+            "checksum": checksum(body),
+            **({"shards": list(shards)} if shards else {}),
         }
         base = self._base(stage, state.epoch, partial)
         self.files.create_dir(f"{self.root}/{line(stage)}", recursive=True)
         put(self.files, f"{base}.safetensors", body)
         put(self.files, f"{base}.json", json.dumps(note, indent=1).encode())
+        for path in self._rows_of(base):  # more workers may have died here
+            if os.path.basename(path) not in [shard["file"] for shard in shards]:
+                self.files.delete_file(path)
         for epoch, old in self.epochs(stage):
             if old and (epoch, old) != (state.epoch, partial):
                 self._remove(stage, epoch, old)
@@ -96,7 +131,8 @@ class Store:
     def _read(self, stage: Stage, epoch: int, partial: bool) -> State:
         base = self._base(stage, epoch, partial)
         note, body = json.loads(self._bytes(f"{base}.json")), self._bytes(f"{base}.safetensors")
-        if note["checksum"] != hashlib.blake2b(body, digest_size=20).hexdigest():
+        shards = [(f"{os.path.dirname(base)}/{shard['file']}", shard) for shard in note.get("shards", ())]
+        if note["checksum"] != checksum(body) or any(s["checksum"] != checksum(self._bytes(p)) for p, s in shards):
             raise ValueError("its checksum is wrong")
         wanted = {**dump(stage), "epochs": note["stage"]["epochs"]}
         if json.loads(json.dumps(wanted)) != note["stage"]:
@@ -104,12 +140,19 @@ class Store:
         tensors = tensors_of(body)
         model = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}
         moments = {name[10:]: value for name, value in tensors.items() if name.startswith("optimiser.")}
-        return State(model, moments, note["epoch"], tuple(note["kept"]), note["history"])
+        places = tuple((path, shard["rows"]) for path, shard in shards)
+        return State(model, moments, note["epoch"], tuple(note["kept"]), note["history"], shards=places)
 
     def _remove(self, stage: Stage, epoch: int, partial: bool) -> None:
-        for suffix in ("json", "safetensors"):
+        base = self._base(stage, epoch, partial)
+        for path in (f"{base}.json", f"{base}.safetensors", *self._rows_of(base)):
             with contextlib.suppress(FileNotFoundError):
-                self.files.delete_file(f"{self._base(stage, epoch, partial)}.{suffix}")
+                self.files.delete_file(path)
+
+    def _rows_of(self, base: str) -> list[str]:
+        """The files of rows that belong to a state."""
+        folder = self.files.get_file_info(arrow.FileSelector(os.path.dirname(base)))
+        return [info.path for info in folder if info.base_name.startswith(f"{os.path.basename(base)}.rows")]
 
     def _bytes(self, path: str) -> bytes:
         with self.files.open_input_stream(path) as stream:
@@ -119,3 +162,7 @@ class Store:
         """The claim on a stage's line, or None while another living process holds it."""
         self.files.create_dir(f"{self.root}/{line(stage)}", recursive=True)
         return take(self.files, f"{self.root}/{line(stage)}/claim")
+
+
+def checksum(body: bytes) -> str:
+    return hashlib.blake2b(body, digest_size=20).hexdigest()

@@ -32,7 +32,7 @@ then; `curves` trains the beginnings of full schedules, which only some studies 
 
 
 SHORTEST = 3
-"""Epochs of the shortest rung: chains have up to three stages."""
+"""Epochs of the shortest rung: few chains have more than three stages."""
 
 
 @dataclass(frozen=True)

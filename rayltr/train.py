@@ -85,7 +85,7 @@ def assembled(
     module = build.method(stage, known, teacher).to(device)
     before = begun or parents.get("resume")
     if before is not None:
-        module.load_state_dict(before.model)
+        module.load_state_dict({**before.model, **before.rows})
     elif "init" in parents:
         build.adopt(module, parents["init"])
     module = synchronised(module).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -109,7 +109,7 @@ def epochs(
     model: nn.Module = DistributedDataParallel(module) if world() > 1 and first < end(stage) else module
     if hasattr(optimiser, "guard"):
         optimiser.guard(model)
-    if first < end(stage):
+    if first < end(stage) or not stage.epochs:
         prepared(module, stage, data.train, device)
     for epoch in range(first, end(stage)):
         began, done = time.monotonic(), 0
@@ -119,6 +119,8 @@ def epochs(
         indices = sampler(counts, targets, (epoch + 1) / horizon, host)
         steps = max(1, len(indices) // stage.batch)
         module.train()
+        if hasattr(module, "between"):
+            module.between(epoch)  # type: ignore[operator]
         for step, rows, images in batches(data.train, indices, stage.batch, steps, device):
             done += len(rows)
             target, rows = targets[rows].to(device), rows.to(device)
@@ -158,9 +160,10 @@ def mixed(batch: Batch, mix: tuple[Tensor, Tensor, Tensor]) -> Batch:
 
 
 def prepared(module: nn.Module, stage: Stage, split: Split, device: torch.device) -> None:
-    """Shows the raw training images to a method that has `prepare`, each worker a share of them."""
+    """Shows the raw training images to a method that has `prepare`, each worker a share of them or what it wants."""
     if hasattr(module, "prepare"):
-        parts = torch.arange(rank(), len(split), world()).split(stage.batch)
+        wanted = getattr(module, "wanted", lambda size, batch: torch.arange(rank(), size, world()).split(batch))
+        parts = wanted(len(split), stage.batch)
         loaded = zip(parts, taken(split, [rows.numpy() for rows in parts]), strict=True)
         target = torch.as_tensor(split.target).to(device)
         seen = ((rows.to(device), pixels(images, device), target[rows]) for rows, images in loaded)
@@ -244,6 +247,7 @@ def predict(
 def snapshot(module: nn.Module, optimiser: torch.optim.Optimizer, epoch: int, history: list[dict]) -> State:
     """A copy on the CPU of all that the run needs to go on."""
     model = {name: copied(value) for name, value in module.state_dict().items()}
+    rows = {name: model.pop(name) for name in getattr(module, "sharded", ())}
     kept = tuple(module.keep()) if hasattr(module, "keep") else tuple(model)  # type: ignore[operator]
     moments = {
         f"{position}.{name}": copied(torch.as_tensor(value))
@@ -251,7 +255,7 @@ def snapshot(module: nn.Module, optimiser: torch.optim.Optimizer, epoch: int, hi
         for name, value in entries.items()
         if value is not None
     }
-    return State(model, moments, epoch, kept, list(history))
+    return State(model, moments, epoch, kept, list(history), rows)
 
 
 def copied(value: Tensor) -> Tensor:

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from rayltr.build import weights
 from rayltr.catalogue import complete
 from rayltr.claims import end_with_parent, told_to_stop
 from rayltr.data import Data, Split, load
 from rayltr.evaluate import evaluate, tested
 from rayltr.interface import Resources, State
-from rayltr.parallel import agreed, barrier, rank
+from rayltr.parallel import agreed, all_told, barrier, rank, world
 from rayltr.records import read_predictions, write_predictions
 from rayltr.spec import Fn, Stage, chain, digest, end, fn, mapped, parents, parse
 from rayltr.store import Store
@@ -28,8 +29,9 @@ WAIT_S = 0.5
 class Result:
     """What a trial found and what it cost.
 
-    metrics: validation metrics by name, and `cost_s`, the seconds that training the whole chain takes.  asked: epochs
-    of the chain; trained: those trained here; resumed: those that interrupted attempts at this trial had trained.
+    metrics: validation metrics by name, `cost_s`, the seconds that training the whole chain takes, and `weights`, how
+    many the model keeps.  asked: epochs of the chain; trained: those trained here; resumed: those that interrupted
+    attempts at this trial had trained.
     predictions: path of the validation predictions.  epochs: rows for the epoch records.
     """
 
@@ -95,8 +97,9 @@ class Trial:
                 claim.release()
 
     def _stored(self, stage: Stage) -> State | None:
-        """The longest stored prefix, the same for every worker: the first one reads it."""
-        return agreed(self.store.longest(self.names[stage]) if rank() == 0 else None)
+        """The longest stored prefix, the same for every worker: the first one reads it, and each its own rows."""
+        state = agreed(self.store.longest(self.names[stage]) if rank() == 0 else None)
+        return self.store.fetched(state, rank(), world()) if state and state.shards else state
 
     def _make(self, stage: Stage) -> State:
         begun = self._stored(stage)
@@ -142,8 +145,9 @@ class Trial:
     def _put(self, stage: Stage, state: State, *, partial: bool = False) -> None:
         for record in state.history:
             record.setdefault("trial", self.name)
+        shards = all_told(self.store.put_rows(self.names[stage], state, rank(), partial=partial))
         if rank() == 0:
-            self.store.put(self.names[stage], state, partial=partial)
+            self.store.put(self.names[stage], state, partial=partial, shards=[shard for shard in shards if shard])
         barrier()
 
     def predictions(self, split: str, part: Split | None = None) -> str:
@@ -180,10 +184,12 @@ class Trial:
         began, asked = time.monotonic(), sum(own.epochs for own in chain(self.stage))
         path = self.predictions("val")
         found = read_predictions(path)
+        scores = evaluate(found.logits, found.target, np.asarray(found.counts))
+        size = weights(self.stage, facts(self.data(self.stage.source)))
         return Result(
             address=digest(self.names[self.stage]),
             classes=len(found.counts),
-            metrics={**evaluate(found.logits, found.target, np.asarray(found.counts)), "cost_s": self.cost()},
+            metrics={**scores, "cost_s": self.cost(), "weights": size},
             asked=asked,
             trained=self.trained,
             resumed=self.before() - self.trained,

@@ -12,8 +12,10 @@ SMALL = {
     "resnet32": ({}, 32),
     "timm": ({"model": "resnet18"}, 64),
     "torchvision": ({"model": "resnet18"}, 64),
+    "deit": ({"size": 16, "patch": 4, "width": 16, "depth": 2, "heads": 2}, 16),
 }
 every_backbone = pytest.mark.parametrize("name", BACKBONES)
+every_convolutional = pytest.mark.parametrize("name", [name for name in BACKBONES if name != "deit"])
 
 
 def built(name):
@@ -25,10 +27,17 @@ def built(name):
 
 @every_backbone
 @torch.no_grad()
+def test_images_become_features(name):
+    body, images = built(name)
+    assert type(body.dim) is int and body(images).shape == (2, body.dim)
+
+
+@every_convolutional
+@torch.no_grad()
 def test_features_are_the_average_of_the_feature_map(name):
     body, images = built(name)
     features, places = body(images), body.feature_map(images)
-    assert type(body.dim) is int and features.shape == (2, body.dim)
+    assert features.shape == (2, body.dim)
     assert places.shape[:2] == features.shape and places.dim() == 4
     torch.testing.assert_close(places.mean((2, 3)), features)
 
@@ -43,7 +52,8 @@ def test_normalised_subtracts_and_divides_first(name):
     plain = torch.stack(channels, dim=1)
     assert wrapped.dim == body.dim and wrapped.body is body
     torch.testing.assert_close(wrapped(images), body(plain))
-    torch.testing.assert_close(wrapped.feature_map(images), body.feature_map(plain))
+    if hasattr(body, "feature_map"):
+        torch.testing.assert_close(wrapped.feature_map(images), body.feature_map(plain))
     assert wrapped.state_dict()["mean"].shape == wrapped.state_dict()["std"].shape == (1, 3, 1, 1)
 
 
@@ -173,7 +183,7 @@ def test_a_reduced_network_of_torchvision():
         BACKBONES["torchvision"](model="resnet18", pretrained=True, reduced=True)
 
 
-@every_backbone
+@every_convolutional
 @pytest.mark.parametrize("own", [1, 2, 3])
 @torch.no_grad()
 def test_the_two_parts_of_a_network_are_the_network(name, own):

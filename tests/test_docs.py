@@ -30,7 +30,10 @@ def test_the_study_in_the_readme_is_one(tmp_path, monkeypatch):
         "docs/runs.md",
         "docs/bag_of_tricks.md",
         "docs/contrastive.md",
+        "docs/deit_lt.md",
+        "docs/decoupled.md",
         "docs/cluster.md",
+        "docs/million_way.md",
         "docs/results.md",
     ],
 )

@@ -13,8 +13,10 @@ LAYERS = [
     {"rayltr.spec", "rayltr.records", "rayltr.metrics", "rayltr.choice", "rayltr.interface"},
     {"search_spaces", "analysis"},
     {"rayltr.catalogue", "rayltr.claims"},
+    {"rayltr.transformers"},
     {"rayltr.objectives", "rayltr.studies", "rayltr.progress", "rayltr.agenda", "rayltr.boards", "rayltr.machines"},
     AXES,
+    {"rayltr.sharded", "rayltr.hardest"},
     {"rayltr.command", "rayltr.methods", "rayltr.model_card"},
     {"rayltr.build"},
     {"rayltr.train", "rayltr.evaluate", "rayltr.store"},
@@ -26,7 +28,7 @@ LAYERS = [
     {"rayltr.unsealing"},
     {"rayltr.tuning"},
     {"rayltr.summary"},
-    {"rayltr.search", "rayltr.export", "rayltr.predict", "rayltr.prune", "rayltr.__main__"},
+    {"rayltr.search", "rayltr.export", "rayltr.predict", "rayltr.prune", "rayltr.inspect", "rayltr.__main__"},
 ]
 """From the bottom up.  A module imports from lower layers only; inside a package (data, analysis) it is free."""
 
@@ -41,7 +43,7 @@ ONLY = {
     "plotly": {"analysis"},
     "torch": AXES - {"rayltr.data"} | {f"rayltr.{name}" for name in (
         "interface", "methods", "build", "train", "rehearsal", "store", "folding", "shipping", "ensemble",
-        "cluster")},
+        "cluster", "sharded", "hardest", "transformers", "inspect")},
 }  # fmt: skip
 
 

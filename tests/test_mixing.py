@@ -1,8 +1,11 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
+from timm.data.mixup import cutmix_bbox_and_lam, mixup_target
+from torch.nn.functional import cross_entropy
 
 from rayltr import mixing as module
 from rayltr.mixing import MIXINGS, blend, remix_weight
@@ -150,6 +153,45 @@ def test_cutmix_pastes_one_box_and_weighs_its_exact_area():
             partner = [int((sources == p).flatten(1).all(1).nonzero()) for p in pasted]
             assert torch.equal(other, target[partner])
     assert len(sizes) > 10
+
+
+@pytest.mark.parametrize("switch, kind", [(0.0, "mixup"), (1.0, "cutmix")])
+@pytest.mark.parametrize("seed", range(8))
+def test_mixup_or_cutmix_is_the_form_of_timm(switch, kind, seed):
+    """The partner is the image at the same place from the end; the target is mixed as the images are."""
+    images, target, counts = batch(dtype=torch.float64)
+    out, other, weight = MIXINGS["mixup_or_cutmix"](
+        images, target, counts, torch.Generator().manual_seed(seed), switch=switch
+    )
+    flipped, share = images.flip(0), weight[0].item()
+    assert (weight == share).all() and torch.equal(other, target.flip(0))
+    if kind == "mixup":
+        torch.testing.assert_close(out, images * share + flipped * (1 - share), rtol=0, atol=1e-12)
+    else:
+        box = (out != images).any(1).any(0)
+        assert torch.equal(out[:, :, ~box], images[:, :, ~box]) and torch.equal(out[:, :, box], flipped[:, :, box])
+        assert share == pytest.approx(1 - box.sum().item() / 96, abs=1e-12)
+    smoothed = mixup_target(target, 4, share, smoothing=0.1)
+    for z in torch.randn(3, 64, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64):
+        expected = -(smoothed * z.log_softmax(1)).sum(1)
+        losses = [cross_entropy(z, y, reduction="none", label_smoothing=0.1) for y in (target, other)]
+        torch.testing.assert_close(weight * losses[0] + (1 - weight) * losses[1], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_mixup_or_cutmix_switches_and_has_two_proportions():
+    images, target = torch.rand(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64)
+    g, mixup, boxes = torch.Generator().manual_seed(0), [], []
+    for _ in range(3000):
+        out, _, weight = MIXINGS["mixup_or_cutmix"](images, target, COUNTS, g)
+        pasted = (out[0] == images[0]) | (out[0] == images[1])
+        (boxes if pasted.all() else mixup).append(weight[0].item())
+    assert abs(len(mixup) - 1500) < 3.3 * 750**0.5
+    shares = torch.tensor(mixup).double()
+    assert shares.mean().item() == pytest.approx(0.5, abs=0.03)
+    assert shares.var().item() == pytest.approx(1 / (4 * (2 * 0.8 + 1)), rel=0.1)
+    np.random.seed(0)
+    theirs = [cutmix_bbox_and_lam((2, 3, 32, 32), np.random.beta(1, 1))[1] for _ in range(1500)]
+    assert np.mean(boxes) == pytest.approx(np.mean(theirs), abs=0.03)  # odd sides are rounded up there
 
 
 @pytest.mark.parametrize("fraction, side", [(0.0, 0), (0.3, 2), (0.5, 6), (1.0, 12)])

@@ -5,6 +5,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.optim import param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.nn import functional as F
 
@@ -84,6 +87,19 @@ def test_hyper_parameters_reach_the_optimiser():
     assert [group[k] for k in ("lr", "momentum", "nesterov", "weight_decay")] == [0.1, 0.5, False, 2e-4]
     (group,) = OPTIMISERS["sam"](network().parameters(), base="adamw").param_groups
     assert group["weight_decay"] == 0.05
+
+
+def test_adamw_spares_what_timm_spares():
+    model = VisionTransformerDistilled(img_size=8, patch_size=4, embed_dim=8, depth=2, num_heads=2, num_classes=3)
+    theirs = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
+    ours = OPTIMISERS["adamw"](model.parameters(), weight_decay=0.05, spare=True).param_groups
+    for decay in (0.0, 0.05):
+        sets = [
+            {id(p) for group in groups if group["weight_decay"] == decay for p in group["params"]}
+            for groups in (ours, theirs)
+        ]
+        assert sets[0] == sets[1] and sets[0]
+    assert len(OPTIMISERS["adamw"](model.parameters()).param_groups) == 1
 
 
 @every_sam
@@ -277,6 +293,17 @@ def test_constant_and_cosine():
     assert values == pytest.approx([0.5, 1.0, 0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2, 0.55, 0.1])
     assert SCHEDULES["cosine"](1.0) == pytest.approx(0, abs=1e-12)
     assert SCHEDULES["cosine"](0.5) == pytest.approx(0.5)
+
+
+def test_the_cosine_of_timm_with_its_warm_up_and_floor():
+    group = [{"params": [nn.Parameter(torch.ones(1))], "lr": 2.5e-4}]
+    theirs = CosineLRScheduler(torch.optim.SGD(group), t_initial=1200, lr_min=1e-5, warmup_lr_init=1e-6, warmup_t=5)
+    keywords = {"warmup": 5 / 1200, "warmup_from": 1e-6 / 2.5e-4, "final": 1e-5 / 2.5e-4, "beneath": True}
+    for epoch in (0.0, 0.5, 4.0, 5.0, 5.5, 50.0, 600.0, 1100.25, 1199.0):
+        ours = 2.5e-4 * SCHEDULES["cosine"](epoch / 1200, **keywords)
+        expected = theirs._get_lr(epoch)[0]
+        # at 5 itself the warm-up is complete here, and over there
+        assert ours == pytest.approx(expected, rel=1e-4), epoch
 
 
 def test_multistep_of_the_bag_of_tricks_over_200_epochs():

@@ -207,7 +207,8 @@ def crashed(run):
     for path in (run / f"run.json.{code}.part", run / "records" / f"trials.parquet.{code}.part",
                  run / "store" / f".probe-{code}", line / f"000002.safetensors.{code}.part",
                  line / f"claim.{code}.tmp", line / f"claim.{code}.stale", line / "000001.snapshot.safetensors",
-                 line / "000001.snapshot.json", line / "000001.safetensors"):  # fmt: skip
+                 line / "000001.snapshot.json", line / "000001.snapshot.rows1.safetensors",
+                 line / "000001.safetensors"):  # fmt: skip
         path.write_bytes(b"x" * 1000)
     (line / "claim").write_text(json.dumps({"owner": "x", "host": "elsewhere", "pid": 1, "time": 0}))
 

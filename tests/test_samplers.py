@@ -1,5 +1,6 @@
 import pytest
 import torch
+from timm.data.distributed_sampler import RepeatAugSampler
 
 from rayltr.samplers import SAMPLERS, class_probabilities
 
@@ -12,10 +13,14 @@ ENTRIES = [
     ("progressive", {}),
     ("progressive", {"start": 0.4}),
     ("reverse", {}),
+    ("repeated", {"repeats": 1}),  # copies of an image come together, so that draws are not independent
     ("oversample", {}),
     ("undersample", {}),
+    ("class_aware", {}),
+    ("class_aware", {"each": 4}),
 ]
-LENGTHS = {"power": 600, "progressive": 600, "reverse": 2 * 600, "oversample": 4 * 400, "undersample": 4 * 10}
+LENGTHS = {"power": 600, "progressive": 600, "reverse": 2 * 600, "oversample": 4 * 400, "undersample": 4 * 10,
+           "repeated": 512, "class_aware": 600}  # fmt: skip
 every_entry = pytest.mark.parametrize("name, keywords", ENTRIES, ids=str)
 
 
@@ -86,6 +91,19 @@ def test_images_of_a_class_come_equally_often(name, keywords):
 
 def test_power_one_shows_every_image_once():
     assert torch.equal(drawn("power", {}).sort().values, torch.arange(600))
+
+
+@pytest.mark.parametrize("images", [100, 600])
+def test_repeated_is_the_sampler_of_timm(images):
+    """With one worker; several take every W-th of the same order there."""
+    for repeats, epoch in ((3, 0), (3, 5), (1, 2)):
+        theirs = RepeatAugSampler(range(images), num_replicas=1, rank=0, num_repeats=repeats)
+        theirs.set_epoch(epoch)
+        ours = drawn("repeated", {"repeats": repeats}, seed=epoch, target=targets()[:images])
+        assert ours.tolist() == list(theirs) and len(ours) == (512 if images == 600 else 100)
+    assert len(drawn("repeated", {}).unique()) == -(-512 // 3)
+    with pytest.raises(ValueError, match="repeats of the sampler repeated is at least 1, not 0"):
+        drawn("repeated", {"repeats": 0})
 
 
 def test_the_ordinary_half_of_reverse_is_power_one():
@@ -190,3 +208,67 @@ def test_a_start_outside_the_horizon_is_refused(start):
 def test_an_unknown_sampler_is_refused():
     with pytest.raises(ValueError, match="'square'; there are power, progressive, reverse, oversample, under"):
         class_probabilities("square", COUNTS, 1.0)
+
+
+def slow_walk(target, each, shuffled):
+    """The published program's: cycles that are shuffled whenever they begin, `each` images of a class in a row."""
+
+    def cycle(values):
+        while True:
+            yield from shuffled(values)
+
+    classes = sorted(set(target.tolist()))
+    images = {c: cycle([i for i, y in enumerate(target.tolist()) if y == c]) for c in classes}
+    tour, found = cycle(classes), []
+    while len(found) < len(target):
+        own = images[next(tour)]
+        found += [next(own) for _ in range(each)]
+    return found[: len(target)]
+
+
+@pytest.mark.parametrize("each", [1, 2, 4])
+def test_class_aware_walks_over_the_classes_as_published(each):
+    """With shuffling taken out of both, the order is the same, image by image."""
+    size = torch.tensor([23, 0, 9, 3, 1])
+    target = targets(size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randperm", lambda n, generator: torch.arange(n).flip(0))
+        found = SAMPLERS["class_aware"](size, target, 1.0, torch.Generator(), each=each)
+    dealt = torch.arange(len(target)).flip(0)
+    walk = slow_walk(target[dealt], each, lambda values: values[::-1])
+    assert found.tolist() == dealt[walk].tolist()
+
+
+def test_class_aware_shuffles_both_cycles_whenever_they_begin():
+    size = torch.tensor([23, 0, 9, 3, 1])
+    target = targets(size)
+    found = SAMPLERS["class_aware"](size, target, 1.0, torch.Generator().manual_seed(0))
+    pairs = target[found].view(-1, 2)
+    assert torch.equal(pairs[:, 0], pairs[:, 1])
+    rounds = [tuple(part.tolist()) for part in pairs[:16, 0].split(4)]
+    assert all(sorted(part) == [0, 2, 3, 4] for part in rounds) and len(set(rounds)) > 1
+    own = found[target[found] == 3].split(3)
+    assert all(len(set(part.tolist())) == 3 for part in own[:-1]) and len({tuple(part.tolist()) for part in own}) > 1
+
+
+@pytest.mark.parametrize(("walks", "length"), [(1, 36), (2, 36), (5, 40), (7, 42)])
+def test_the_walks_of_class_aware_alternate_and_know_what_they_were_dealt(walks, length):
+    """Images are dealt out like cards; the first ones twice where the last round is incomplete."""
+    size = torch.tensor([23, 0, 9, 3, 1])
+    target, g = targets(size), torch.Generator().manual_seed(0)
+    dealt = torch.randperm(36, generator=torch.Generator().manual_seed(0)).tolist()
+    dealt += dealt[: length - 36]
+    found = SAMPLERS["class_aware"](size, target, 1.0, g, walks=walks)
+    assert len(found) == length
+    for walk in range(walks):
+        own = found[walk::walks]
+        hand = torch.tensor(dealt[walk::walks])
+        assert len(own) == len(hand) and set(own.tolist()) <= set(hand.tolist())
+        seen = torch.bincount(target[own], minlength=5)[target[hand].unique()]
+        assert seen.max() - seen.min() <= 2
+
+
+@pytest.mark.parametrize("keywords", [{"each": 0}, {"walks": 0}])
+def test_class_aware_refuses_numbers_below_one(keywords):
+    with pytest.raises(ValueError, match="each and walks of class_aware are at least 1"):
+        drawn("class_aware", keywords)

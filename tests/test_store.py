@@ -3,12 +3,14 @@ import multiprocessing
 import os
 import socket
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from rayltr import claims
 from rayltr.interface import State
+from rayltr.parallel import share
 from rayltr.spec import digest, fn, line
 from rayltr.store import Store
 from tests.conftest import tiny
@@ -221,3 +223,59 @@ def test_another_file_system_works_too(tmp_path):
 def test_names_of_axes_do_not_collide(tmp_path):
     """A view and a mixing of the same name are different stages."""
     assert line(STAGE.but(mixing=fn("cutmix"))) != line(STAGE.but(views=(fn("cutmix"),)))
+
+
+ROWS = {"classes.weight": torch.arange(22.0).view(11, 2), "classes.velocity": -torch.arange(11.0)[:, None]}
+
+
+def put_shared(store, workers, epoch=10, partial=False):
+    """What so many workers do, one after the other; 11 rows are shared by them."""
+    shards = []
+    for number in range(workers):
+        first, many = share(11, number, workers)
+        own = replace(state(epoch), rows={name: value[first : first + many] for name, value in ROWS.items()})
+        shards.append(store.put_rows(STAGE, own, number, partial=partial))
+    store.put(STAGE, own, partial=partial, shards=shards)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 3), (3, 1), (3, 4), (4, 3), (2, 5)])
+def test_rows_that_workers_share_come_back_for_any_number_of_them(before, after, tmp_path):
+    put_shared(Store(tmp_path), before)
+    found = Store(tmp_path).longest(STAGE)
+    assert not found.rows and sum(rows for _, rows in found.shards) == 11
+    parts = [Store(tmp_path).fetched(found, number, after).rows for number in range(after)]
+    assert [len(part["classes.weight"]) for part in parts] == [share(11, number, after)[1] for number in range(after)]
+    for name, value in ROWS.items():
+        assert torch.equal(torch.cat([part[name] for part in parts]), value)
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "missing"])
+def test_damaged_rows_are_damage(damage, tmp_path, caplog):
+    store = Store(tmp_path)
+    put_shared(store, 2, epoch=4, partial=True)
+    folder = tmp_path / line(STAGE)
+    saved = {path.name: path.read_bytes() for path in folder.iterdir()}
+    put_shared(store, 2)
+    for name, body in saved.items():
+        (folder / name).write_bytes(body)
+    path = folder / "000010.rows1.safetensors"
+    flip(path) if damage == "a flipped bit" else path.unlink()
+    assert store.longest(STAGE).epoch == 4 and "epoch 10" in caplog.text
+    assert set(os.listdir(folder)) == set(saved), "nothing of what was damaged is left"
+
+
+def test_rows_of_more_workers_that_died_are_removed_with_the_snapshot(tmp_path):
+    store = Store(tmp_path)
+    for number in range(3):
+        store.put_rows(STAGE, replace(state(10), rows=ROWS), number)  # and then they died
+    put_shared(store, 2, epoch=5, partial=True)
+    put_shared(store, 2)
+    names = ["000010.json", "000010.rows0.safetensors", "000010.rows1.safetensors", "000010.safetensors"]
+    assert sorted(os.listdir(tmp_path / line(STAGE))) == names
+
+
+def test_a_state_without_shared_rows_has_one_file(tmp_path):
+    store = Store(tmp_path)
+    assert store.put_rows(STAGE, state(10), 0) is None
+    store.put(STAGE, state(10))
+    assert store.longest(STAGE).shards == () and "shards" not in (tmp_path / line(STAGE) / "000010.json").read_text()

@@ -12,7 +12,7 @@ from analysis.evidence import Evidence, Spot
 from analysis.figures import draw
 from analysis.figures.draw import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, Figure, Key
 from analysis.load import Trial
-from analysis.tables import Table, number, percent, ranged, text
+from analysis.tables import Table, counted, number, percent, ranged, text
 from rayltr.metrics import GROUPS
 
 Floats = NDArray[np.float64]
@@ -54,7 +54,7 @@ def head_tail(evidence: Evidence, ensemble: dict[str, float] | None) -> Figure |
         name="front",
         title="Every trial, at every τ",
         html=draw.html(figure, "front"),
-        says=f"Scatter plot of {len(shown)} trials: validation accuracy on many-shot against few-shot classes.",
+        says=f"Scatter plot of {counted(len(shown), 'trial')}: validation accuracy on many- against few-shot classes.",
         caption=_caption(evidence),
         keys=[
             Key(f"front over all trials and τ{crosses}", GREEN, "triangle-up", 3),

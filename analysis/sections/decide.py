@@ -12,10 +12,10 @@ from analysis.cards import Card
 from analysis.estimates import ENOUGH as SPARSE
 from analysis.evidence import Evidence
 from analysis.load import Run
-from analysis.page import Deck, Light, Missing, Note, Section, Strip, blocks
-from analysis.tables import percent, signed, thousands
+from analysis.page import Deck, Light, Listing, Missing, Note, Section, Strip, blocks
+from analysis.tables import Table, counted, gained, number, percent, ranged, signed, text, thousands
 from rayltr import records
-from rayltr.metrics import GROUPS
+from rayltr.metrics import GROUPS, TAUS
 
 TRIALS = 30
 """With fewer finished trials the search is a sample, and effects of single tricks are guesses."""
@@ -35,7 +35,35 @@ def section(evidence: Evidence, cards: Sequence[Card]) -> Section:
         if corrected
         else "The scores are those that chose the models, so they flatter them; they could not be corrected here."
     )
-    return Section("ship", "Which model to ship", "Ship", blocks(Deck(cards), Note(sizes(evidence.run))), lead)
+    if evidence.fresh:
+        lead += " Of finalists the fresh seeds are shown, which had no part in the choice."
+    parts = blocks(Deck(cards), finalists(evidence), Note(sizes(evidence.run)))
+    return Section("ship", "Which model to ship", "Ship", parts, lead)
+
+
+def finalists(evidence: Evidence) -> Listing | None:
+    """What fresh seeds say of the recipes that did best; None where there are none."""
+    if not evidence.fresh or not evidence.paired:
+        return None
+    c = evidence.control
+    means = {i: own.value for i in evidence.fresh if (own := evidence.estimate(i, "balanced"))}
+    order = sorted(means, key=lambda i: -means[i])
+    rows = []
+    for i in order:
+        trial = evidence.trials[i]
+        test = [again.test["balanced"] for again in evidence.fresh[i] if "balanced" in again.test]
+        rows.append([text(f"{trial.id} (control)" if trial.control else trial.id), number(len(evidence.fresh[i]), "d"),
+                     *(ranged(evidence.estimate(i, name)) for name in ("balanced", "many", "few")),
+                     gained(evidence.beyond(i, c, "balanced") if c in evidence.fresh and c != i else None),
+                     percent(float(np.mean(test)) if test else None),
+                     percent(float(np.std(test, ddof=1)) if len(test) > 1 else None)])  # fmt: skip
+    columns = ["finalist", "seeds", "balanced %", "many %", "few %", "over the control", "test %", "s.d."]
+    caption = (
+        "Means over the fresh seeds, with 95 % intervals over images and seeds. Balanced accuracy over the control in "
+        "points, on the same images; balanced accuracy on the test split, and its standard deviation over seeds. "
+        "An interval that contains zero: the search's own seed may have been lucky."
+    )
+    return Listing("finalists", "Finalists, trained again", Table(columns, rows), caption)
 
 
 def sizes(run: Run) -> str:
@@ -74,7 +102,7 @@ def facts(evidence: Evidence, cards: Sequence[Card]) -> list[tuple[str, str]]:
         "Validation images per class": _images(run),
         "Optimism of the best balanced": _optimism(cards),
         "Smallest difference that shows": _resolution(evidence),
-        "Test split opened": times(sum(len(part.info.get("openings") or []) for part in parts)),
+        "Test split opened": _openings([one for part in parts for one in part.info.get("openings") or []]),
         "Draw of the images": str(data.get("digest") or "")[:12],
         "Training": _effort(run),
     }
@@ -82,9 +110,10 @@ def facts(evidence: Evidence, cards: Sequence[Card]) -> list[tuple[str, str]]:
 
 
 def _states(run: Run) -> str:
-    states = Counter(trial.row["state"] for trial in run.trials)
+    states = Counter(trial.row["state"] for trial in run.searched)
     ended = ", ".join(f"{states[state]} {state}" for state in records.STATES if state in states)
-    return f"{len(run.trials)} ({ended})"
+    again = len(run.trials) - len(run.searched)
+    return f"{len(run.searched)} ({ended})" + (f", and {again} with fresh seeds" if again else "")
 
 
 def _images(run: Run) -> str:
@@ -122,12 +151,30 @@ def _effort(run: Run) -> str:
 def lights(evidence: Evidence) -> list[Light]:
     """What a reader must know before believing the numbers, the worst first."""
     run = evidence.run
-    found = _images_missing(run) + _search(evidence) + _rungs(run)
+    found = _images_missing(run) + _search(evidence) + _rungs(run) + _edges(evidence)
     parts = run.parts or (run,)
     found += [Light("amber", str(text)) for text in dict.fromkeys(
         text for part in parts for text in part.info["data"].get("warnings") or [])]  # fmt: skip
     found += [Light("amber", trial.problem) for trial in run.trials if trial.problem]
     return sorted(found, key=lambda light: light.level != "red")
+
+
+def _edges(evidence: Evidence) -> list[Light]:
+    """What makes a number mean less than it seems."""
+    run, found = evidence.run, []
+    alone = [name for name in GROUPS if len(run.groups[name]) == 1]
+    if alone and len(run.counts) > 2:
+        found.append(Light("amber", f"One class alone makes up: {', '.join(alone)}. Its accuracy is that of a few "
+                           "images of one kind."))  # fmt: skip
+    best = None if evidence.best is None else evidence.trials[evidence.best].val["tau"]
+    if best is not None and not TAUS[0] < best < TAUS[-1]:
+        found.append(Light("amber", f"The fitted τ of the best trial, {best:.1f}, is the last one that was looked at: "
+                           "its recipe leans too far to one side."))  # fmt: skip
+    lengths = {(part.info.get("settled") or {}).get("epochs") or 0 for part in run.parts}
+    if len(lengths) > 1:
+        found.append(Light("amber", f"The runs trained for different lengths ({', '.join(map(str, sorted(lengths)))} "
+                           "epochs): their trials are not alike in cost."))  # fmt: skip
+    return found
 
 
 def _images_missing(run: Run) -> list[Light]:
@@ -157,12 +204,13 @@ def _search(evidence: Evidence) -> list[Light]:
     if "control" not in run.chosen:
         found.append(Light("red", "No control arm finished: without plain cross-entropy, nothing here shows what the "
                            "tricks add."))  # fmt: skip
-    if evidence.trials and all(len(alike) == 1 for alike in evidence.recipes.values()):
+    if evidence.trials and not evidence.fresh:
         found.append(Light("amber", "No recipe was trained with more than one seed: the intervals are of the "
                            "validation images alone, another seed may rank close trials differently."))  # fmt: skip
     if 0 < len(run.finished) < TRIALS:
-        found.append(Light("amber", f"Only {len(run.finished)} trials finished; below {TRIALS} the best may be far "
-                           "from what the search could find, and effects of tricks are guesses."))  # fmt: skip
+        few = counted(len(run.finished), "trial")
+        found.append(Light("amber", f"Only {few} finished; below {TRIALS} the best may be far from what the search "
+                           "could find, and effects of tricks are guesses."))  # fmt: skip
     missing = len(run.finished) - len(run.measured)
     if run.measured and missing:
         found.append(Light("amber", f"{missing} finished trials have no usable predictions: they are in the table of "
@@ -186,5 +234,9 @@ def named(value: Any, *keys: str) -> str:
     return "" if value is None else str(value)
 
 
-def times(n: int) -> str:
-    return {0: "never", 1: "once"}.get(n, f"{n} times")
+def _openings(openings: Sequence[dict[str, Any]]) -> str:
+    if not openings:
+        return "never"
+    models = len({trial for opening in openings for trial in opening.get("trials") or []})
+    often = "once" if len(openings) == 1 else f"{len(openings)} times"
+    return f"{often}, for {counted(models, 'trial')}"

@@ -18,7 +18,7 @@ from analysis.page import Block, Listing, Missing, Note, Section, blocks
 from analysis.tables import Cell, Table, gained, number, percent, text
 from rayltr import metrics
 
-MODES = {"logit": "logits", "prob": "probabilities"}
+MODES = {"logit": "log-probabilities", "prob": "probabilities"}
 NONE = "No finished trial has stored predictions."
 
 
@@ -115,7 +115,7 @@ def _rivals(found: Ensembles) -> Listing:
     ways = [score for score in (found.single, found.ensemble, *found.baselines, *_modes(found)) if score]
     caption = (
         "Gains are over the best single model and cross-fitted. The columns “on all images” are what an export "
-        "reproduces; they flatter."
+        "reproduces; they flatter. The NLL chooses, so another way may be right a little more often."
     )
     return Listing("ensemble-rivals", "Beside simpler ways", ensembled.scores(ways), caption)
 

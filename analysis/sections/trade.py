@@ -56,7 +56,8 @@ def _runs(evidence: Evidence) -> list[Block]:
                      ranged(evidence.area(own))])  # fmt: skip
     columns = ["run", "trials", "finished", "best trial", "its balanced %", "area below the front %"]
     shown = {name: points for name, points in edges.items() if len(points)}
-    return blocks(fronts.compared(shown) if shown else None, Listing("runs-compared", "The runs", Table(columns, rows)))
+    listing = Listing("runs-compared", "Run by run", Table(columns, rows))
+    return blocks(fronts.compared(shown) if shown else None, listing)
 
 
 def _volume(evidence: Evidence) -> Note | None:

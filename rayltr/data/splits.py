@@ -216,7 +216,7 @@ def _warnings(
         "the source has no test split: one was held out of its training images": cut.test,
         "the val split of the source is not used": cut.val and "val" in pool.parts,
         f"training images given up so that every class has {cut.wanted} for validation: "
-        + _some([f"{name} ({n})" for name, n in given_up.items()]): given_up,
+        + _some([f"class {name} gave {n}" for name, n in given_up.items()]): given_up,
         f"fewer than {cut.wanted} validation images: {_some(short)}": short,
         "tail estimate unreliable: classes of fewer than 5 images are not validated": settings["validation"]
         == "holdout",

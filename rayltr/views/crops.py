@@ -9,7 +9,7 @@ from rayltr.views.draws import integers, uniform
 from rayltr.views.resampling import FILTERS, moved, resampled, resizing, rotation
 
 TRIES = 10
-"""How often `resized_crop` draws a box before it falls back to the centre, as in torchvision."""
+"""How often a box is drawn until one fits, as in torchvision and timm."""
 RATIO = (3 / 4, 4 / 3)
 """Width over height of the boxes in a composed view."""
 
@@ -55,6 +55,38 @@ def cutout(images: Tensor, generator: Generator, *, size: int | None = None) -> 
     return images * ~hole[:, None]
 
 
+def erasing(
+    images: Tensor,
+    generator: Generator,
+    *,
+    p: float = 0.25,
+    scale: tuple[float, float] = (0.02, 0.3333333333333333),
+    ratio: tuple[float, float] = (0.3, 3.3333333333333335),
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225),
+) -> Tensor:
+    """A box of noise with probability `p`: timm's random erasing in the mode "pixel" (Zhong et al., 2020).
+
+    Its share of the area is uniform in `scale`, its width over height log-uniform in `ratio`.  The noise is standard
+    normal once images are normalised by `mean` and `std`, those of ImageNet unless others are given; so it is the one
+    thing in views that leaves the range from 0 to 1.
+    """
+    batch, height, width = len(images), *images.shape[2:]
+    limits = torch.tensor([[height], [width]], device=generator.device)
+    sides = _tries(batch, height, width, scale, ratio, generator)
+    sides, fits = _first(sides, (sides < limits[:, :, None]).all(0))
+    start = (uniform((2, batch), generator) * (limits - sides + 1)).floor()
+    hit = (fits & (uniform((batch,), generator) < p)).nonzero().flatten()
+    spans = zip((height, width), start[:, hit, None], sides[:, hit, None], strict=True)
+    rows, columns = (_between(length, first, side) for length, first, side in spans)
+    noise = torch.randn((len(hit), *images.shape[1:]), generator=generator, device=generator.device)
+    noise = noise * noise.new_tensor(std).view(3, 1, 1) + noise.new_tensor(mean).view(3, 1, 1)
+    hole, hit = (rows[:, None, :, None] & columns[:, None, None, :]).to(images.device), hit.to(images.device)
+    found = images.clone(memory_format=torch.channels_last)
+    found[hit] = torch.where(hole, noise.to(images), images[hit])
+    return found
+
+
 def resized_crop(
     images: Tensor,
     generator: Generator,
@@ -82,15 +114,18 @@ def cropped(
     flip: float,
     scale: tuple[float, float] = (0.08, 1.0),
     interpolation: str = "bilinear",
+    size: int | None = None,
 ) -> Tensor:
-    """What comes before a policy: `crop` is "none", "padded" (`flip_crop`) or "resized" (`resized_crop`).
+    """What comes before a policy: `crop` is "none", "padded" (`flip_crop`) or "resized" (`resized_crop` to `size`).
 
     Whatever the layout in memory, `performed` comes next.
     """
+    if size is not None and crop != "resized":
+        raise ValueError(f"only a resized crop has a size, and the crop is {crop!r}")
     if crop == "padded":
         return flip_crop(images, generator, flip=flip)
     if crop == "resized":
-        return _resized(images, generator, None, scale, RATIO, flip, interpolation)
+        return _resized(images, generator, size, scale, RATIO, flip, interpolation)
     if crop != "none":
         raise ValueError(f"unknown crop {crop!r}: known: none, padded, resized")
     return images
@@ -123,21 +158,31 @@ def boxes(
     batch: int, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], generator: Generator
 ) -> Tensor:
     """Top, left, height and width of a box for each image: [4, batch], whole numbers in float64."""
-    area, shape = uniform((2, batch, TRIES), generator)
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
-    shape = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * shape)
     limits = torch.tensor([[height], [width]], device=generator.device)
-    sides = torch.stack([(area / shape).sqrt(), (area * shape).sqrt()]).round()
-    fits = ((sides > 0) & (sides <= limits[:, :, None])).all(0)
-    sides = sides[:, torch.arange(batch, device=sides.device), fits.int().argmax(1)]
+    sides = _tries(batch, height, width, scale, ratio, generator)
+    sides, found = _first(sides, ((sides > 0) & (sides <= limits[:, :, None])).all(0))
     corner = (uniform((2, batch), generator) * (limits - sides + 1)).floor()
     # no try fits: the largest box in the middle whose shape is allowed
     middle_shape = min(max(width / height, ratio[0]), ratio[1])
     middle = [[min(height, round(width / middle_shape))], [min(width, round(height * middle_shape))]]
     middle_sides = torch.tensor(middle, device=sides.device)
-    found = fits.any(1)
     corner = torch.where(found, corner, (limits - middle_sides) // 2)
     return torch.cat([corner, torch.where(found, sides, middle_sides)])
+
+
+def _tries(
+    batch: int, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], generator: Generator
+) -> Tensor:
+    """Heights and widths of boxes, some for each image: [2, batch, TRIES], whole numbers in float64."""
+    area, shape = uniform((2, batch, TRIES), generator)
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
+    shape = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * shape)
+    return torch.stack([(area / shape).sqrt(), (area * shape).sqrt()]).round()
+
+
+def _first(sides: Tensor, fits: Tensor) -> tuple[Tensor, Tensor]:
+    """The first of the boxes [2, batch, TRIES] of each image that fits [batch, TRIES], and whether there is one."""
+    return sides[:, torch.arange(len(fits), device=sides.device), fits.int().argmax(1)], fits.any(1)
 
 
 def _pixels(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -161,5 +206,9 @@ def _turned(images: Tensor, degrees: float, generator: Generator) -> Tensor:
 def _stretch(length: int, side: int, batch: int, generator: Generator) -> Tensor:
     """Which of `length` positions lie within `side` positions around a uniform centre, bool [batch, length]."""
     start = integers(0, length - 1, (batch, 1), generator) - side // 2
-    position = torch.arange(length, device=generator.device)
+    return _between(length, start, side)
+
+
+def _between(length: int, start: Tensor, side: Tensor | int) -> Tensor:
+    position = torch.arange(length, device=start.device)
     return (position >= start) & (position < start + side)

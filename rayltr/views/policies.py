@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch import Generator, Tensor
 
-from rayltr.views.crops import cropped
+from rayltr.views.crops import cropped, erasing
 from rayltr.views.crops import cutout as hole
 from rayltr.views.draws import integers, normal, uniform
 from rayltr.views.operations import Step, named, performed
@@ -58,6 +58,8 @@ def randaugment(
     flip: float = 0.5,
     fill: tuple[int, int, int] = (0, 0, 0),
     interpolation: str = "nearest",
+    size: int | None = None,
+    erase: float | None = None,
 ) -> Tensor:
     """`n` operations of strength `m`, each drawn uniformly, with replacement (Cubuk et al., RandAugment, 2020).
 
@@ -67,13 +69,15 @@ def randaugment(
     crop: what comes before: "none", "padded" (`flip_crop`) or "resized" (`resized_crop`), mirrored with probability
     `flip`.  fill: levels from 0 to 255 of what shears, shifts and turns leave empty; timm takes the mean of the data,
     (124, 116, 104) for ImageNet.  interpolation: "nearest", "bilinear" or "bicubic"; bicubic is a resized crop's too.
+    size: the side of a resized crop, None keeps it.  erase: the probability of a box of noise at the end (`erasing`).
 
     Raises ValueError for an unknown space, crop or interpolation and for an m outside the space.
     """
     smooth = "bicubic" if interpolation == "bicubic" else "bilinear"
-    images = cropped(images, generator, crop, flip, interpolation=smooth)
+    images = cropped(images, generator, crop, flip, interpolation=smooth, size=size)
     steps = rand_steps(images, generator, n, m, deviation, space, fill, interpolation)
-    return performed(images, steps)
+    images = performed(images, steps)
+    return images if erase is None else erasing(images, generator, p=erase)
 
 
 def rand_steps(

@@ -4,10 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis import cards, estimates
+from analysis import cards, estimates, resample
 from analysis.cards import LOSS, export
 from analysis.evidence import Evidence
 from analysis.load import load
+from analysis.sections import decide
 from rayltr import records
 from tests.analysis.conftest import change, make_run
 
@@ -50,7 +51,7 @@ def test_the_cheapest_of_the_equivalent_is_within_the_noise_of_the_best(evidence
     gap = evidence.points["balanced"][best] - evidence.points["balanced"][i]
     near = evidence.points["balanced"] >= evidence.points["balanced"][best] - 1.96 * evidence.spread[best]
     assert gap <= 1.96 * evidence.spread[best, i] and evidence.costs[i] == evidence.costs[near].min()
-    assert near.sum() > 1 and claim.rivals >= 1
+    assert near.sum() > 1 and claim.rivals == 0, "others are told to be as good as this one"
 
 
 def test_being_chosen_flatters_and_the_correction_takes_it_off(deck):
@@ -116,22 +117,43 @@ def test_with_few_images_per_class_nothing_is_corrected(tmp_path: Path):
         assert all(claim.corrected is None and np.isnan(claim.optimism) for claim in card.claims)
 
 
-def test_several_seeds_of_a_recipe_widen_its_interval(small: Path):
-    rows = records.read_trials(small).to_pylist()
-    alone = Evidence(load(small))
-    at = [trial.id for trial in alone.trials].index("0001")
-    assert alone.recipes[at] == [at]
-    same = {name: value for name, value in rows[1].items() if name.startswith("p.")}
-    for number in (2, 3):
-        change(small, number, **same, seed=number)
-    found = Evidence(load(small))
-    at = [trial.id for trial in found.trials].index("0001")
-    after = found.estimate(at, "balanced")
-    alike = found.recipes[at]
-    assert sorted(found.trials[i].id for i in alike) == ["0001", "0002", "0003"]
-    assert after == estimates.seeds([found.samples["balanced"][:, i] for i in alike])
-    shown = {card.name: card.facts.get("Seeds") for card in cards.cards(found)}
-    assert all(seeds == ("3" if name in ("0001", "0002", "0003") else None) for name, seeds in shown.items())
+@pytest.fixture
+def repeated(tmp_path: Path) -> Path:
+    """A run whose best trial and control were trained again with two fresh seeds each; these choose nothing."""
+    run = make_run(tmp_path / "run", trials=13, classes=12, failed=1)
+    rows, chosen = {row["trial"]: row for row in records.read_trials(run).to_pylist()}, load(run).chosen
+    finalists = [chosen[name].id for name in ("balanced", "control")]
+    spare = [number for number in rows if number not in finalists and rows[number]["state"] == "complete"][-4:]
+    for again, number in enumerate(spare):
+        origin = rows[finalists[again % 2]]
+        scores = {name: value for name, value in rows[number].items() if name.startswith(("m.", "predictions"))}
+        rows[number] = {**origin, **scores, "trial": f"{origin['trial']}+{again // 2 + 1}", "seed": again // 2 + 1}
+    records.write_trials(run, list(rows.values()))
+    return run
+
+
+def test_fresh_seeds_choose_nothing_and_say_what_finalists_are_worth(repeated: Path):
+    found = Evidence(load(repeated))
+    assert len(found.trials) == 8 and len(found.run.trials) == 13 and len(found.fresh) == 2
+    best, control = found.run.chosen["balanced"].id, found.run.chosen["control"].id
+    at = [trial.id for trial in found.trials].index(best)
+    drawn = [resample.grouped(one.hits()[None], found.target, found.run.groups, found.draws) for one in found.fresh[at]]
+    expected, own = estimates.seeds([one["balanced"][:, 0] for one in drawn]), found.estimate(at, "balanced")
+    assert (own.low, own.high) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    assert own.value == pytest.approx(np.mean([one.val["fitted_balanced"] for one in found.fresh[at]]))
+    assert found.beyond(at, found.control, "balanced").value == pytest.approx(
+        found.estimate(at, "balanced").value - found.estimate(found.control, "balanced").value
+    )
+    card, claim = claims(cards.cards(found))["Best on balance"]
+    assert card.name == best and claim.fresh == claim.shown == found.estimate(at, "balanced")
+    assert card.facts["Fresh seeds"] == "2" and card.scores["balanced"] == claim.fresh
+    listing = decide.finalists(found)
+    assert {row[0].text for row in listing.table.rows} == {best, f"{control} (control)"}
+    assert not any("+" in name for expert in found.ensembles.members for name in [expert.name])
+
+
+def test_without_fresh_seeds_there_are_no_finalists(evidence):
+    assert evidence.fresh == {} and decide.finalists(evidence) is None
 
 
 def test_nothing_finished_is_no_card(tmp_path: Path):

@@ -241,7 +241,7 @@ def test_several_runs_are_compared_or_refused(tmp_path: Path, capsys: pytest.Cap
     assert main([str(one), str(other)]) == 0
     assert capsys.readouterr().out == f"{one}/report.html\n"
     found = Page((one / "report.html").read_text())
-    assert [row[0] for row in found.tables["The runs"][1:]] == ["a", "b"]
+    assert [row[0] for row in found.tables["Run by run"][1:]] == ["a", "b"]
     assert [row[0] for row in found.tables["All trials"][1:]] == [f"{run}/{i:04d}" for run in "ab" for i in range(3)]
     info = records.read_run(other)
     info["data"]["digest"] = "0" * 64

@@ -57,7 +57,10 @@ def test_surplus_takes_from_what_the_draw_left_and_reduces_the_head():
     assert data.counts.tolist() == [min(n, 50 - wanted) for n in drawn]
     assert data.counts.dtype == np.int64
     assert data.manifest["reduced"] == {"c0": 10}
-    assert "training images given up so that every class has 10 for validation: c0 (10)" in data.manifest["warnings"]
+    assert (
+        "training images given up so that every class has 10 for validation: class c0 gave 10"
+        in data.manifest["warnings"]
+    )
 
 
 def test_paper_split_keeps_the_draw_and_leaves_the_head_unvalidated():

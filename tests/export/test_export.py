@@ -6,8 +6,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from rayltr import build, data, export, recipe, records
+from rayltr import build, data, export, model_card, recipe, records
 from rayltr.command import FAILED, PREFLIGHT, USAGE
 from rayltr.folding import Adjustment, folded
 from rayltr.interface import Facts
@@ -69,6 +70,22 @@ def test_the_card_says_how_the_model_was_chosen_and_what_it_is(run, model, tmp_p
     ):
         assert did(export, copy, *options, "--out", tmp_path / "model") == 0
         assert told in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_the_price_of_a_model_is_told(model):
+    price = json.loads((model / "manifest.json").read_text())["price"]
+    weights = load_file(model / "model.safetensors")
+    assert 0 < price["weights"] <= sum(value.numel() for value in weights.values()) and price["ms_per_image"] > 0
+    assert f"{price['weights']:,} weights; an image alone takes" in (model / "README.md").read_text()
+
+
+def test_the_card_knows_the_seeds_of_its_recipe():
+    row = {"trial": "0003", "seed": 0, "state": "complete", "m.val.fitted_balanced": 0.5}
+    more = [{**row, "trial": f"0003+{n}", "seed": n, "m.val.fitted_balanced": 0.5 + n / 10} for n in (0, 1, 2)]
+    assert model_card.seeds(row, [row, {**row, "trial": "0004"}]) == "One seed (0)."
+    assert "3 fresh seeds of its recipe reach 60.0 % balanced (standard deviation 10.0)" in model_card.seeds(
+        row, [row, *more]
+    )
 
 
 def test_the_weights_may_be_read_like_the_other_files(model):

@@ -27,6 +27,8 @@ CASES = {
     "supcon": {"views": VIEWS[:2], "method": fn("supcon", ce=0.5, hidden=8, out=6)},
     "paco": {"views": VIEWS[:2], "method": fn("paco", queue=10, out=6)},
     "gpaco": {"views": VIEWS[:2], "method": fn("gpaco", queue=10, out=6, smoothing=0.1)},
+    "instance": {"views": VIEWS[:2], "method": fn("instance", queue=10, out=6)},
+    "instance, both tasks": {"views": VIEWS[:2], "method": fn("instance", queue=10, out=6, rotation=0.5, groups=2)},
 }
 
 EXACT = {"rtol": 1e-9, "atol": 1e-10}

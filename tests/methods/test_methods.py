@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rayltr import build, catalogue
 from rayltr.interface import Batch, Facts, Resources
-from rayltr.parallel import synchronised
+from rayltr.parallel import everyones, sizes_of, synchronised
 from rayltr.spec import fn
 from rayltr.train import train
 from tests.conftest import tiny
@@ -18,10 +18,15 @@ METHODS = sorted(catalogue.names("method"))
 TAUGHT = {name for name in METHODS if catalogue.names("method")[name].taught}
 
 
+NEEDED = {"tokens": {"backbone": fn("deit", size=8, patch=4, width=8, depth=2, heads=2, drop_path=0.0)}}
+"""Other backbones than a convolutional one, without layers dropped at random, which workers do differently."""
+
+
 def asked(name):
-    """The method, with a teacher where it needs one."""
+    """The method, with a teacher and a backbone where it needs one."""
     views = (fn("flip_crop"),) * catalogue.names("method")[name].views
-    return {"method": fn(name), "views": views, **({"teacher": tiny(seed=1, epochs=1)} if name in TAUGHT else {})}
+    taught = {"teacher": tiny(seed=1, epochs=1)} if name in TAUGHT else {}
+    return {"method": fn(name), "views": views, **taught, **NEEDED.get(name, {})}
 
 
 OWN = {name for name in METHODS if catalogue.names("method")[name].own_loss}
@@ -31,6 +36,14 @@ CASES = {name: {**asked(name), **({} if name in OWN else {"weight": fn("inverse_
     "supervised, ldam": {"method": fn("supervised"), "loss": fn("ldam"), "head": fn("cosine")},
     "supervised, influence": {"method": fn("supervised"), "loss": fn("influence_balanced")},
     "dive, mixed": {**asked("dive"), "mixing": fn("mixup")},
+    "tokens, mixed": {**asked("tokens"), "mixing": fn("mixup_or_cutmix"), "loss": fn("label_smoothing")},
+    "tokens, soft": {
+        **asked("tokens"),
+        "method": fn("tokens", distil="soft", temperature=2.0),
+        "weight": fn("effective_number", beta=0.9),
+    },
+    "distil, statistics of the batch": {**asked("distil"), "method": fn("distil", teacher_bn="batch")},
+    "student, lws": {"method": fn("student"), "head": fn("lws")},
     **{
         f"supervised, mixed at {layer}": {"mixing": fn("manifold", layer=layer), "loss": fn("balanced_softmax")}
         for layer in ("layer1", "layer3", "pool", "fc")
@@ -60,10 +73,18 @@ def step(case, wrap, part=slice(None)):
     stage = catalogue.complete(tiny(**CASES[case]))
     module = built(stage).train()
     model = wrap(module)
+    build.optimiser(stage, module)  # what moves by itself learns how fast
+    if hasattr(module, "between"):
+        module.between(0)
     terms = model(batch_of(stage, part))
     torch.stack([*terms.values()]).sum().backward()
     grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-    return {name: value.detach() for name, value in terms.items()}, grads, module.state_dict()
+    shared = getattr(module, "sharded", ())
+    state = {
+        name: everyones(value, sizes_of(value)) if name in shared else value
+        for name, value in module.state_dict().items()
+    }
+    return {name: value.detach() for name, value in terms.items()}, grads, state
 
 
 def worker(number, folder):

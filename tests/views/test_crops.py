@@ -1,6 +1,9 @@
+import random
+
 import pytest
 import torch
 from PIL import Image
+from timm.data.random_erasing import RandomErasing
 from torch.nn import functional as F
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as pillow
@@ -79,6 +82,41 @@ def test_cutout_blackens_a_square_clipped_at_the_border(size, side):
     assert hole.any(0).all()
 
 
+@pytest.mark.parametrize("height, width", [(32, 32), (24, 40)])
+def test_erasing_has_the_boxes_of_timm_as_often(height, width):
+    """Marked by noise around 9, far outside of every image."""
+    size = 4000
+    keywords = {"mean": (9.0, 9.0, 9.0), "std": (1.0, 1.0, 1.0)}
+    ours = VIEWS["erasing"](torch.zeros(size, 3, height, width), generator(), **keywords)
+    random.seed(0)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        theirs = RandomErasing(0.25, mode="pixel", device="cpu")(torch.zeros(size, 3, height, width))
+    holes = [(images != 0).all(1) for images in (ours, theirs)]
+    hit = [hole.any(2).any(1) for hole in holes]
+    assert abs(int(hit[0].sum()) - 0.25 * size) < 3.3 * (size * 0.25 * 0.75) ** 0.5
+    for places in (1, 2):
+        lines = [hole[chosen].any(places).double() for hole, chosen in zip(holes, hit, strict=True)]
+        for measure in (lambda line: line.sum(1), lambda line: line.argmax(1)):
+            one, other = (measure(line)[:900].double() for line in lines)
+            assert kolmogorov_smirnov(one, other) < 1.95 * (2 / 900) ** 0.5
+    rows, columns = holes[0].any(2), holes[0].any(1)
+    assert torch.equal(holes[0], rows[:, :, None] & columns[:, None, :])
+    noise = (ours - 9)[holes[0][:, None].expand_as(ours)]
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+
+
+def test_erasing_is_noise_in_normalised_images_and_leaves_the_others():
+    images = batch(400, dtype=torch.float64)
+    keywords = {"mean": (0.1, 0.5, 0.9), "std": (0.3, 0.2, 0.1)}
+    out = VIEWS["erasing"](images, generator(), p=1.0, **keywords)
+    normalised = [(out[:, c] - keywords["mean"][c]) / keywords["std"][c] for c in range(3)]
+    for c in range(3):
+        noise = normalised[c][out[:, c] != images[:, c]]
+        assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
+    assert torch.equal(VIEWS["erasing"](images, generator(), p=0.0), images)
+
+
 def boxes(batch=4000, height=32, width=32, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
     return crops.boxes(batch, height, width, scale, ratio, generator())
 
@@ -140,5 +178,7 @@ def test_boxes_fall_back_to_the_middle_as_torchvision_does(height, width):
 def test_what_is_misspelt_is_named():
     with pytest.raises(ValueError, match="unknown interpolation 'cubic' of resized_crop: known: bilinear, bicubic"):
         VIEWS["resized_crop"](batch(), generator(), interpolation="cubic")
+    with pytest.raises(ValueError, match="only a resized crop has a size, and the crop is 'padded'"):
+        crops.cropped(batch(), generator(), "padded", 0.5, size=24)
     with pytest.raises(ValueError, match="unknown crop 'random': known: none, padded, resized"):
         crops.cropped(batch(), generator(), "random", 0.5)

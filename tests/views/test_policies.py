@@ -134,6 +134,35 @@ def test_randaugment_follows_a_crop():
         assert torch.equal(found, expected)
 
 
+def test_randaugment_may_resize_and_erase():
+    images, g = batch(64), generator()
+    found = VIEWS["resized_crop"](images, g, size=24, flip=0.5, interpolation="bicubic")
+    found = VIEWS["randaugment"](found, g, interpolation="bicubic", **STRONG)
+    expected = VIEWS["erasing"](found, g, p=0.5)
+    keywords = {"crop": "resized", "size": 24, "interpolation": "bicubic", "erase": 0.5}
+    assert torch.equal(VIEWS["randaugment"](images, generator(), **STRONG, **keywords), expected)
+    assert expected.shape == (64, 3, 24, 24)
+
+
+STRONG = {"m": 9, "deviation": 0.5, "space": "timm_increasing", "fill": (124, 116, 104)}
+DEIT = {**STRONG, "interpolation": "bicubic", "erase": 0.25}
+"""rand-m9-mstd0.5-inc1 and random erasing."""
+
+
+@pytest.mark.parametrize("side, crop, size", [
+    (8, "padded", None),
+    (8, "resized", 16),
+    pytest.param(32, "padded", None, marks=pytest.mark.slow),
+    pytest.param(32, "resized", None, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_twenty_thousand_strong_views_in_a_row(side, crop, size):
+    """The strengths reach those with which the form for single images fails."""
+    g = generator()
+    for seed in range(20):
+        out = VIEWS["randaugment"](batch(1000, side, side, seed), g, crop=crop, size=size, **DEIT)
+        assert out.shape[2:] == (size or side, size or side) and out.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("view", "keywords", "message"),
     [

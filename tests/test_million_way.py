@@ -1,0 +1,61 @@
+"""The study million_way: every preset can be trained, every point of the space is a chain."""
+
+import pytest
+
+from rayltr.interface import Resources
+from rayltr.rehearsal import rehearse
+from rayltr.spec import RandomTrial, chain, fn, line
+from rayltr.studies import STUDY, Plan, find, listing
+
+FOUND = find("million_way")
+SMALL = Plan(
+    study="million_way",
+    source=fn("synthetic", classes=4, per_class=40, size=8, ratio=4.0),
+    epochs=40,
+    batch=16,
+    backbone=fn("resnet20", width=4),
+)
+
+
+def stage_of(name, plan=SMALL):
+    if name in FOUND.chains:
+        return plan.changed(FOUND.chains[name])
+    return plan.stage(FOUND, {"arm": STUDY, **FOUND.presets[name]})
+
+
+@pytest.mark.parametrize("name", FOUND.named)
+def test_every_preset_can_be_trained(name):
+    rehearse(stage_of(name), Resources(device="cpu"))
+
+
+def test_every_point_is_a_chain_that_begins_with_images_as_classes():
+    uses = set()
+    for seed in range(50):
+        first, *rest = chain(SMALL.changed(FOUND.point(STUDY, RandomTrial(seed))))
+        assert first.method.name == "million" and rest
+        uses.add(tuple(stage.method.name for stage in rest))
+    assert uses == {("supervised",), ("neighbours",), ("supervised", "supervised", "distil")}
+    assert set(FOUND.published) <= set(FOUND.named) and len(listing(FOUND)) == len(FOUND.named)
+
+
+def test_uses_share_the_first_stage():
+    """At the length of the study, whatever follows; a shorter chain scales its stages with it."""
+    firsts = [chain(stage_of(name, Plan(study="million_way")))[0] for name in FOUND.presets]
+    assert len({line(first) for first in firsts}) == 1 and len(firsts) == 5
+
+
+def test_the_rest_of_ssd_is_a_teacher_of_these_features_and_a_student_of_random_weights():
+    million, fine, teacher, student = chain(stage_of("small_ssd"))
+    assert (fine.init, teacher.init, student.teacher) == (million, fine, teacher)
+    assert student.init is None and student.method.name == "distil" and teacher.head.name == "lws"
+
+
+def test_the_published_recipe():
+    first, last = chain(FOUND.chains["paper"])
+    wanted = {"lr": 0.48, "momentum": 0.9, "weight_decay": 1e-4}
+    assert {name: first.optimiser.get(name) for name in wanted} == wanted
+    assert (first.batch, first.schedule.get("warmup") * first.epochs, len(first.views)) == (4096, 10, 1)
+    whole = stage_of("paper", Plan(study="million_way")).init.method
+    wanted = {"temperature": 0.15, "smoothing": 0.2, "prior": True, "cosine": True, "out": 128, "sampled": 1.0}
+    assert {name: whole.get(name) for name in wanted} == wanted
+    assert last.method.get("frozen") and last.optimiser.get("weight_decay") == 0
