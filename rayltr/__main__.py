@@ -1,4 +1,4 @@
-"""`rayltr search|train|export|predict|report|prune ...`: the commands under one name."""
+"""`rayltr search|train|export|predict|report|inspect|prune ...`: the commands under one name."""
 
 import sys
 from difflib import get_close_matches
@@ -10,6 +10,7 @@ COMMANDS = {
     "export": ("rayltr.export", "write the best configuration and weights of a run as files"),
     "predict": ("rayltr.predict", "use an exported model on images"),
     "report": ("analysis.__main__", "write the report of a run"),
+    "inspect": ("rayltr.inspect", "look into a trained vision transformer with two tokens"),
     "prune": ("rayltr.prune", "make a run small: weights of its best trials only"),
 }
 
