@@ -102,10 +102,10 @@ def adopt(module: nn.Module, state: State, *, again: bool = False) -> None:
 
 
 def weights(stage: Stage, facts: Facts) -> int:
-    """How many weights a trained stage keeps: the size of the model that an export writes."""
+    """How many numbers a trained stage keeps, statistics included: the size of the model that an export writes."""
     module = method(stage, facts)
-    kept = set(module.keep()) if hasattr(module, "keep") else set(module.state_dict())  # type: ignore[operator]
-    return sum(parameter.numel() for name, parameter in module.named_parameters() if name in kept)
+    state = module.state_dict()
+    return sum(state[name].numel() for name in (module.keep() if hasattr(module, "keep") else state))  # type: ignore[operator]
 
 
 def optimiser(stage: Stage, module: nn.Module) -> torch.optim.Optimizer:

@@ -259,5 +259,7 @@ def _check_resume(stage: Stage, before: Stage) -> None:
     one, other = (s.optimiser.get("base", s.optimiser.name) for s in (stage, before))
     if one != other:
         raise ValueError(f"a stage that resumes another goes on with its optimiser ({other}), not {one}; use init=")
+    if stage.optimiser.get("spare") != before.optimiser.get("spare"):  # its groups of weights are others
+        raise ValueError("a stage that resumes another keeps `spare` of its optimiser; use init=")
     if stage.method.get("frozen") != before.method.get("frozen"):
         raise ValueError("a stage that resumes another trains the same weights; use init= to freeze or thaw some")

@@ -117,7 +117,10 @@ def mixup_or_cutmix(
 
     The form of timm, which DeiT trains with (Touvron et al., 2021): lambda ~ Beta(alpha, alpha) for mixup,
     Beta(cutmix_alpha, cutmix_alpha) for the box, which is that of `cutmix`; one kind and one lambda per batch.
+    Raises ValueError for a switch that is no probability.
     """
+    if not 0 <= switch <= 1:
+        raise ValueError(f"switch of mixup_or_cutmix is a probability, not {switch}")
     kind = torch.rand((), generator=generator, device=generator.device) < switch
     share, side = _beta(alpha, generator), (1 - _beta(cutmix_alpha, generator)).sqrt()
     rows, columns = (_span(length, side, generator) for length in images.shape[2:])

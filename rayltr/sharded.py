@@ -94,7 +94,7 @@ class Shard(nn.Module):
         # of every row the step after which it was last up to date, of every such step what rows have missed since
         self.register_buffer("last", torch.zeros(many if sampled < 1 else 0, dtype=torch.int64), persistent=False)
         self.register_buffer("missed", torch.eye(2, dtype=torch.float64)[None], persistent=False)
-        self.register_state_dict_pre_hook(lambda module, prefix, keep_vars: self.catch_up())
+        self.register_state_dict_pre_hook(lambda module, prefix, keep_vars: module.catch_up())
         self.leader: torch.optim.SGD | None = None
         self.rate = 1.0
         self.hardest: Callable[[Tensor], Tensor] | None = None

@@ -184,7 +184,7 @@ def price(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
         began = time.perf_counter()
         model.eval()(image)
         seconds.append(time.perf_counter() - began)
-    weights = sum(value.numel() for value in model.parameters())
+    weights = sum(value.numel() for value in model.state_dict().values())
     machine = {"processor": processor(), "threads": torch.get_num_threads()}
     return {"weights": weights, "ms_per_image": 1000 * median(seconds[WARM_UP:]), **machine}
 

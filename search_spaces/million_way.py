@@ -86,14 +86,15 @@ def finetuned(trial: Trial, first: Stage) -> Stage:
         method=fn("supervised", fresh_head=True),
         loss=fn(trial.suggest_categorical("fine_loss", ["cross_entropy", "balanced_softmax"])),
         optimiser=sgd(trial.suggest_categorical("fine_lr", [0.02, 0.05, 0.1]), 5e-4),
-        schedule=fn("cosine", warmup=5 / EPOCHS),
+        schedule=fn("cosine", warmup=5 / (EPOCHS // 4)),
         batch=128,
     )
 
 
-def followed(trial: Trial, fine: Stage) -> Stage:
+def followed(trial: Trial, first: Stage) -> Stage:
     """The second and third stage of SSD: a re-balanced teacher, and a student from random weights."""
-    teacher = rebalanced(fine, "lws", 10, sgd(0.2, 5e-4), False)
+    fine = first.but(loss=fn("cross_entropy"))  # the classes are balanced afterwards
+    teacher = rebalanced(fine, "lws", 10, sgd(0.2, 5e-4), False).but(init=first)
     weight = trial.suggest_float("w_kd", 0.3, 3.0, log=True)
     return distilled(fine.but(init=None, method=fn("supervised")), teacher, fn("distil", distil=weight))
 
@@ -115,7 +116,7 @@ def photographs(root: str, epochs: int, rate: float) -> Stage:
 def photographs_probed(first: Stage, *, balanced: bool = False) -> Stage:
     """The linear classifier of MoCo on frozen features, with its crops."""
     return probed(first, 100, 30.0, balanced=balanced).but(
-        views=(fn("resized_crop"),),
+        views=(fn("resized_crop", flip=0.5),),
         schedule=fn("multistep", milestones=(0.6, 0.8), gamma=0.1),
         batch=256,
     )

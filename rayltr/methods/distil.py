@@ -41,6 +41,7 @@ class Method(supervised.Method):
             raise ValueError(f"unknown teacher_bn {teacher_bn!r}: known: {', '.join(STATISTICS)}")
         if parts.layer:
             raise ValueError("distil cannot mix inside the network, where its teacher sees nothing; mix the images")
+        torch.manual_seed(torch.initial_seed() + 1)  # else the weights would be those that the first stage began with
         super().__init__(parts, reduction=reduction)
         self.hard = parts.head(self.backbone.dim)  # type: ignore[arg-type]
         self.fresh = (*self.fresh, *(f"hard.{name}" for name in getattr(self.hard, "fresh", ())))

@@ -73,7 +73,7 @@ class Method(supervised.Method):
         if batch.mixed is not None or self.layer:
             raise ValueError("instance compares the view that would be mixed; leave the mixing out")
         images = batch.views[0]
-        copies, turns = turned(images) if self.rotation else (None, None)
+        copies, turns = turned(images, batch.rows) if self.rotation else (None, None)
         seen = self.backbone(images if copies is None else torch.cat([images, copies]))
         features, others = seen.tensor_split([len(images)])
         losses = self._instances(self.project(features), batch)

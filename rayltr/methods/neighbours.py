@@ -72,7 +72,8 @@ class Vote(nn.Module):
         self.register_buffer("known", torch.tensor(False))
 
     def forward(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
-        cosine = F.normalize(features.to(self.bank)) @ self.bank.T
+        with torch.autocast(features.device.type, enabled=False):
+            cosine = F.normalize(features.to(self.bank)) @ self.bank.T
         if rows is not None:
             cosine = cosine.scatter(1, rows[:, None], -torch.inf)
         near, which = cosine.topk(self.k)

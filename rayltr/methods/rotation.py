@@ -39,28 +39,25 @@ class Method(supervised.Method):
         return [name for name in self.state_dict() if name.startswith(("backbone.", "head."))]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        copies, turns = turned(batch.views[0])
+        copies, turns = turned(batch.views[0], batch.rows)
         upright, others = self.backbone(torch.cat([batch.views[0], copies])).chunk(2)
         loss = self.compared(self.head(upright), upright, batch)
         return {"loss": loss, "rotation": self.rotation * guessed(self.angle(others), turns)}
 
 
-def turned(images: Tensor) -> tuple[Tensor, Tensor]:
+def turned(images: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Turned copies of images [B,3,S,S], and by how many quarter turns, counter-clockwise to the eye: int64 [B].
 
-    The image at place i of the batch of all workers is turned i mod 4 times: a batch is in random order, so its angles
-    are as random as draws, every angle comes equally often, and nothing is drawn here.  Raises ValueError for images
-    that are not square.
+    Row r at place i of the batch of all workers is turned (r + i) mod 4 times.  Places are random, so the angles of an
+    image are as random as draws, though nothing is drawn here; and where a sampler gives places to classes, rows still
+    differ.  Raises ValueError for images that are not square.
     """
     if images.shape[2] != images.shape[3]:
         raise ValueError(f"rotation needs square images, not {images.shape[2]} x {images.shape[3]}; give a --size")
     _, start = gather_rows(images.new_zeros(len(images)))
-    turns = (start + torch.arange(len(images), device=images.device)) % TURNS
-    copies = images.clone()
-    for times in range(1, TURNS):
-        part = slice((times - start) % TURNS, None, TURNS)
-        copies[part] = images[part].rot90(times, (2, 3))
-    return copies, turns
+    turns = (rows + start + torch.arange(len(images), device=images.device)) % TURNS
+    by_angle = torch.stack([images.rot90(times, (2, 3)) for times in range(TURNS)])
+    return by_angle[turns, torch.arange(len(images), device=images.device)], turns
 
 
 def guessed(logits: Tensor, turns: Tensor) -> Tensor:

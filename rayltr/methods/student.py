@@ -35,6 +35,8 @@ class Method(supervised.Method):
     def inherit(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         """A parent's weights under the names they have here."""
         hard = {f"head.{name.removeprefix('hard.')}": given[name] for name in given if name.startswith("hard.")}
+        if not hard:
+            raise ValueError("student goes on with a stage of the method distil; this parent has one classifier only")
         others = {name: value for name, value in given.items() if not name.startswith("hard.")}
         if self.chosen == "soft":
             return others

@@ -69,8 +69,10 @@ def erasing(
 
     Its share of the area is uniform in `scale`, its width over height log-uniform in `ratio`.  The noise is standard
     normal once images are normalised by `mean` and `std`, those of ImageNet unless others are given; so it is the one
-    thing in views that leaves the range from 0 to 1.
+    thing in views that leaves the range from 0 to 1.  Raises ValueError for a p that is no probability.
     """
+    if not 0 <= p <= 1:
+        raise ValueError(f"p of erasing is a probability, not {p}")
     batch, height, width = len(images), *images.shape[2:]
     limits = torch.tensor([[height], [width]], device=generator.device)
     sides = _tries(batch, height, width, scale, ratio, generator)

@@ -124,8 +124,7 @@ def test_two_classifiers_have_no_place_in_a_method_of_one(method, message):
     ("method", "message"),
     [
         (fn("distil"), "hard.weight of this stage is missing in the parent stage"),
-        (fn("student", chosen="hard"), "head.weight of this stage is missing in the parent stage"),
-        (fn("student", chosen="sum"), "takes a parent stage with two linear classifiers"),
+        *((fn("student", chosen=name), "this parent has one classifier only") for name in ("soft", "hard", "sum")),
     ],
 )
 def test_one_classifier_does_not_make_two(method, message):
@@ -152,3 +151,12 @@ def test_values_that_cannot_be_are_refused(method, message):
     with pytest.raises(ValueError, match=message):
         teacher = TEACHER if method.name == "distil" else None
         build.method(catalogue.complete(tiny(method=method, teacher=teacher)), FACTS)
+
+
+def test_a_student_does_not_begin_with_the_weights_of_a_first_stage_of_its_seed():
+    first, student = build.method(catalogue.complete(tiny()), FACTS), build.method(stage_of(), FACTS)
+    own = dict(student.backbone.named_parameters())
+    alike = [
+        name for name, value in first.backbone.named_parameters() if value.ndim > 1 and torch.equal(value, own[name])
+    ]
+    assert alike == []

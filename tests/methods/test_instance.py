@@ -139,7 +139,7 @@ def test_both_tasks_share_one_pass():
     other = copy.deepcopy(module)
     batch = batch_of(stage, 8)
     terms = module(batch)
-    copies, turns = turned(batch.views[0])
+    copies, turns = turned(batch.views[0], batch.rows)
     features = other.backbone(torch.cat([batch.views[0], copies]))
     torch.testing.assert_close(terms["loss"], F.cross_entropy(other.head(features[:8]), batch.target))
     torch.testing.assert_close(terms["rotation"], 0.5 * F.cross_entropy(other.angle(features[8:]), turns))
