@@ -148,11 +148,12 @@ def branches(by_score: Mapping[str, Effects]) -> Figure | None:
     if not shown:
         return None
     titles = [draw.shortened(f"{name} ({sum(level.trials for level in found[name])} trials)", 34) for name in shown]
-    gap = min(0.12, 0.5 / len(shown)) if len(shown) > 1 else 0
+    gap = min(0.2, 0.6 / len(shown)) if len(shown) > 1 else 0
     figure = make_subplots(rows=len(shown), cols=1, subplot_titles=titles, vertical_spacing=gap)
     for row, name in enumerate(shown, 1):
         own = found[name]
-        labels = [_value(level.value) for level in own]
+        labels = [draw.shortened(_value(level.value), 12) for level in own]
+        angle = -25 if max(map(len, labels)) > 6 else 0  # names side by side would not fit on a phone
         effects = [level.difference for level in own]
         hover = [f"{name} {label}: {gained(level.difference).text} points, {level.trials} trials"
                  for label, level in zip(labels, own, strict=True)]  # fmt: skip
@@ -161,7 +162,7 @@ def branches(by_score: Mapping[str, Effects]) -> Figure | None:
                              hovertext=hover, error_y=draw.bars(effects, draw.faint(BLUE, 0.6)))  # fmt: skip
         figure.add_trace(trace, row=row, col=1)
         figure.add_hline(y=0, line={"color": VERMILION, "width": 1.5}, row=row, col=1)
-        figure.update_xaxes(tickvals=list(range(len(labels))), ticktext=labels, row=row, col=1)
+        figure.update_xaxes(tickvals=list(range(len(labels))), ticktext=labels, tickangle=angle, row=row, col=1)
         figure.update_yaxes(title="points", row=row, col=1)
     return Figure(
         name="branches",
@@ -172,7 +173,7 @@ def branches(by_score: Mapping[str, Effects]) -> Figure | None:
         "equal, with 95 % intervals. More drawn values than five are grouped, shown by their median.",
         keys=[Key("difference to the mean of the branch", BLUE, "square", 2), Key("no effect", VERMILION, line=1.5)],
         table=levels(by_score, "conditional"),
-        height=f"{2 + 11 * len(shown)}rem",
+        height=f"{2 + 13 * len(shown)}rem",
     )
 
 

@@ -179,3 +179,14 @@ def test_seeds_that_differ_widen_the_interval_and_one_seed_cannot():
     apart = estimates.seeds([drawn - 0.05, drawn, drawn + 0.05])
     assert apart.value == pytest.approx(drawn.mean())
     assert apart.high - apart.low > 2 * (alone.high - alone.low)
+
+
+def test_the_interval_of_two_recipes_with_several_seeds_covers_their_difference():
+    held = []
+    for seed in range(150):
+        made = synthetic.sample(seed, trials=2, classes=30, each=10)
+        recipes, random = made.true("balanced"), np.random.default_rng(seed)
+        drawn = resample.grouped(made.hits, made.target, made.groups, resample.draws(made.target, 300, seed))
+        one, other = ([drawn["balanced"][:, i] + random.normal(0, 0.015) for _ in range(3)] for i in (0, 1))
+        held.append(covered(estimates.apart(one, other, seed), recipes[0] - recipes[1]))
+    assert 0.9 <= np.mean(held) <= 0.99
