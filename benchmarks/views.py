@@ -82,9 +82,10 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    torch.set_num_threads(options.threads)
+    resources = Resources(device=options.device, threads=options.threads)
+    resources.settle()
     torch.manual_seed(0)
-    device, cpu = Resources(device=options.device).place(), torch.device("cpu")
+    device, cpu = resources.place(), torch.device("cpu")
     images = torch.randint(256, (options.batch, options.side, options.side, 3), dtype=torch.uint8).numpy()
     generator, usual = torch.Generator(device).manual_seed(0), one_by_one(options.side)
     seconds: dict[str, list[float]] = {f"{way} {name}": [] for way in ("usual", "batched") for name in OURS}

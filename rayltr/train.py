@@ -56,8 +56,7 @@ def train(
     """
     stage, parents, resources = complete(stage), dict(parents or {}), resources or Resources()
     data, device = data or load(stage.source), resources.place()
-    if resources.threads:
-        torch.set_num_threads(resources.threads)
+    resources.settle()
     module, optimiser = assembled(stage, facts(data), parents, begun, device)
     state = begun or parents.get("resume") or State({}, {}, start(stage))
     history = list(begun.history) if begun else []

@@ -1,5 +1,7 @@
 """Pillow's way through hue, saturation and value and back, with its roundings."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -11,9 +13,37 @@ def turned_hue(levels: Tensor, amount: Tensor) -> Tensor:
     """
     high, low = levels.amax(1), levels.amin(1)
     spread = high - low
-    hue = _hue(levels, high, spread) + (amount * 255).trunc().to(levels)[:, None, None]
+    hue = _hues(levels.device)[_place(levels, high, low, spread)] + (amount * 255).trunc().to(levels)[:, None, None]
     saturation = (255 * spread).div_(high.clamp(min=1)).floor_()
     return _rgb(hue - 256 * (hue / 256).floor(), saturation, high)
+
+
+def _place(levels: Tensor, high: Tensor, low: Tensor, spread: Tensor) -> Tensor:
+    """Where `_hues` has the hue of pixels: int64 [n,H,W], of levels [n,3,H,W].
+
+    The largest channel, which of the others is the smallest, spread and distance of the one between say all.
+    """
+    red, green, blue = levels.unbind(1)
+    between = high + high + low - (red + green).add_(blue)
+    not_red, not_green = (red != high).float(), (green != high).float()
+    after = torch.where(not_red == 0, blue, torch.where(not_green == 0, red, green))
+    largest = not_red.add_(not_red * not_green)  # 0, 1, 2: red before green before blue
+    kind = largest.mul_(2).add_(after == low)
+    return kind.mul_(256).add_(spread).mul_(256).add_(between).long()
+
+
+@cache
+def _hues(device: torch.device) -> Tensor:
+    """The hue of every kind of pixel: float32 [6 * 256 * 256], by `_place`."""
+    spread, between = torch.arange(256.0)[:, None].expand(256, 256), torch.arange(256.0).expand(256, 256)
+    high = spread.maximum(between)
+    found = []
+    for largest in range(3):
+        for smallest_after in (False, True):
+            ends = [high - spread, high - between] if smallest_after else [high - between, high - spread]
+            channels = {(largest + 2) % 3: ends[0], (largest + 1) % 3: ends[1], largest: high}
+            found.append(_hue(torch.stack([channels[c] for c in range(3)])[None], high[None], spread[None])[0])
+    return torch.stack(found).flatten().to(device)
 
 
 def _hue(levels: Tensor, high: Tensor, spread: Tensor) -> Tensor:

@@ -25,18 +25,19 @@ def performed(images: Tensor, steps: Iterable[Step]) -> Tensor:
     Every operation runs once in a step, on all images that get it: they are brought together and stay so until the
     next step.
     """
-    # in place wherever that is possible: on a CPU, fresh memory costs more than the arithmetic
-    levels = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True).mul_(255).round_()
+    # kept as bytes between operations: what moves images about is memory, and a batch of bytes fits into the cache
+    levels = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True).mul_(255).round_().byte()
     place = torch.arange(len(images), device=images.device)
     for operations, which, amount in steps:
         which, amount = (drawn.to(images.device).index_select(0, place) for drawn in (which, amount))
         order = which.argsort()
         sizes = (which == torch.arange(len(operations), device=which.device)[:, None]).sum(1).tolist()
-        groups = zip(operations, *(x.index_select(0, order).split(sizes) for x in (levels, amount)), strict=True)
-        levels = torch.cat([part if f is None or not len(part) else f(part, given) for f, part, given in groups])
-        place = place.index_select(0, order)
-    found = levels.index_select(0, place.argsort()).div_(255)
-    return found.to(images.dtype).contiguous(memory_format=torch.channels_last)
+        levels, amount, place = (x.index_select(0, order) for x in (levels, amount, place))
+        for operation, part, given in zip(operations, levels.split(sizes), amount.split(sizes), strict=True):
+            if operation is not None and len(part):
+                part.copy_(operation(part.float(), given))
+    found = levels.index_select(0, place.argsort()).to(torch.float32, memory_format=torch.channels_last).div_(255)
+    return found.to(images.dtype)
 
 
 def luminance(levels: Tensor) -> Tensor:
@@ -69,10 +70,14 @@ def coloured(levels: Tensor, factor: Tensor) -> Tensor:
 
 def sharpened(levels: Tensor, factor: Tensor) -> Tensor:
     """Blended with a mean of 3 x 3 pixels in which the middle counts five times; the border stays."""
+    width, flat = levels.shape[3], levels.flatten(2)
+    inner = flat[..., width + 1 : -width - 1]
+    # on whole rows, as long stretches of memory are quick; what is added across their ends is the border's
+    across = flat[..., :-2] + flat[..., 1:-1] + flat[..., 2:]
+    whole = across[..., : -2 * width] + across[..., width:-width] + across[..., 2 * width :]
     plain = levels.clone()
-    rows = levels[:, :, :-2] + levels[:, :, 1:-1] + levels[:, :, 2:]
-    whole = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:]).add_(levels[:, :, 1:-1, 1:-1], alpha=4)
-    plain[:, :, 1:-1, 1:-1] = whole.div_(13).add_(0.5).floor_()
+    plain.flatten(2)[..., width + 1 : -width - 1] = whole.add_(inner, alpha=4).div_(13).add_(0.5).floor_()
+    plain[..., 0], plain[..., -1] = levels[..., 0], levels[..., -1]
     return blended(levels, plain, factor)
 
 
