@@ -13,7 +13,8 @@ def turned_hue(levels: Tensor, amount: Tensor) -> Tensor:
     """
     high, low = levels.amax(1), levels.amin(1)
     spread = high - low
-    hue = _hues(levels.device)[_place(levels, high, low, spread)] + (amount * 255).trunc().to(levels)[:, None, None]
+    hue = _hues(levels.device).index_select(0, _place(levels, high, low, spread).flatten()).view_as(high)
+    hue += (amount * 255).trunc().to(levels)[:, None, None]
     saturation = (255 * spread).div_(high.clamp(min=1)).floor_()
     return _rgb(hue - 256 * (hue / 256).floor(), saturation, high)
 
@@ -24,12 +25,13 @@ def _place(levels: Tensor, high: Tensor, low: Tensor, spread: Tensor) -> Tensor:
     The largest channel, which of the others is the smallest, spread and distance of the one between say all.
     """
     red, green, blue = levels.unbind(1)
-    between = high + high + low - (red + green).add_(blue)
-    not_red, not_green = (red != high).float(), (green != high).float()
-    after = torch.where(not_red == 0, blue, torch.where(not_green == 0, red, green))
-    largest = not_red.add_(not_red * not_green)  # 0, 1, 2: red before green before blue
-    kind = largest.mul_(2).add_(after == low)
-    return kind.mul_(256).add_(spread).mul_(256).add_(between).long()
+    between = (high + high).add_(low).sub_(red).sub_(green).sub_(blue)
+    # 0 for yes and 1 for no, without comparisons, which are slow on a CPU
+    not_red, not_green = ((high - channel).clamp_(max=1) for channel in (red, green))
+    lowest = [(channel - low).clamp_(max=1) for channel in (red, green, blue)]
+    largest = not_red * (1 + not_green)  # 0, 1, 2: red before green before blue
+    after = lowest[2].lerp_(lowest[0].lerp_(lowest[1], not_green), not_red)
+    return largest.mul_(2).add_(1).sub_(after).mul_(256).add_(spread).mul_(256).add_(between).long()
 
 
 @cache
