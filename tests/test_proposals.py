@@ -5,7 +5,7 @@ import pytest
 from optuna.trial import TrialState
 
 from rayltr import catalogue, records, sampling
-from rayltr.proposals import Proposals, draw, laid_out
+from rayltr.proposals import Proposals, laid_out
 from rayltr.spec import dump
 from rayltr.studies import CONTROL, FIDELITIES, STUDY, Plan, rungs
 
@@ -64,69 +64,6 @@ def test_a_point_that_is_no_chain_is_broken_and_only_that(tmp_path, plan):
     for job in jobs:
         assert (job.stage is None) == (not job.params["good"]) == bool(job.broken)
     assert any("-1" in job.broken for job in jobs if job.broken)
-
-
-FEW = """
-from rayltr.spec import Stage, fn
-
-def space(trial):
-    loss = trial.suggest_categorical("loss", ["cross_entropy", "focal"])
-    gamma = trial.suggest_int("gamma", 1, 20) if loss == "focal" else None
-    batch = trial.suggest_categorical("batch", [8, 16])
-    return Stage(source=fn("synthetic", classes=4), epochs=27, batch=batch, loss=fn(loss, gamma=gamma))
-"""
-
-
-@pytest.fixture
-def few(tmp_path, monkeypatch):
-    """A study of 42 points, two of which take half of the draws."""
-    monkeypatch.setattr(catalogue, "USER", {})
-    path = tmp_path / "few_space.py"
-    path.write_text(FEW)
-    return Plan(str(path), epochs=27, seed=0)
-
-
-def few_opened(tmp_path, few, name, seed):
-    tmp_path.mkdir(exist_ok=True)
-    return Proposals(str(tmp_path), (few,), ("balanced_nll",), 14, sampling.sampler(name, seed, 4))
-
-
-def told(made):
-    """Everything that a search proposes when every proposal ends before the next one; study points alone."""
-    jobs = []
-    while job := made.propose():
-        made.tell(job.asked, [job.params.get("gamma", 0) + 1 / (1 + job.number)])
-        jobs += [job.params] if job.arm == STUDY else []
-    return jobs
-
-
-@pytest.mark.parametrize("name", ["tpe", "quasi", "random", "nsga2"])
-def test_no_point_is_proposed_twice_while_others_are_easily_found(tmp_path, few, name):
-    points = [told(few_opened(tmp_path / str(seed), few, name, seed)) for seed in range(3)]
-    assert all(len({tuple(sorted(point.items())) for point in found}) == len(found) == 11 for found in points)
-
-
-@pytest.mark.parametrize("name", ["tpe", "quasi"])
-def test_a_crash_changes_no_proposal_that_was_drawn_again(tmp_path, few, name, monkeypatch):
-    plain = told(few_opened(tmp_path / "plain", few, name, 0))
-    drawn, found = draw, []
-
-    def crashed(study, trial, space):
-        drawn(study, trial, space)
-        trial.suggest_categorical("arm", [STUDY, CONTROL])
-        if trial._fixed_params["arm"] == STUDY:
-            trial.suggest_categorical("loss", ["cross_entropy", "focal"])
-        raise KeyboardInterrupt
-
-    for _ in range(14):
-        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr("rayltr.proposals.draw", crashed)
-            few_opened(tmp_path / "cut", few, name, 0).propose()
-        made = few_opened(tmp_path / "cut", few, name, 0)
-        job = made.propose()
-        made.tell(job.asked, [job.params.get("gamma", 0) + 1 / (1 + job.number)])
-        found += [job.params] if job.arm == STUDY else []
-    assert found == plain
 
 
 def test_what_a_crash_left_open_is_proposed_again_under_its_number(tmp_path, plan):

@@ -1,4 +1,4 @@
-"""The search played on a table: epochs are counted right, nothing is reached too early."""
+"""The search played on a table: the table is whole, epochs are counted right, nothing is reached too early."""
 
 import json
 import random
@@ -6,11 +6,13 @@ import random
 import numpy as np
 import pytest
 
-from benchmarks import recording, search
+from benchmarks import recorded_space, search
 from rayltr import catalogue, studies
 from rayltr.agenda import Agenda, Job
+from rayltr.metrics import TAUS
 from rayltr.spec import Stage, fn
-from rayltr.studies import Plan
+from rayltr.store import Store
+from rayltr.studies import CONTROL, STUDY, Plan
 
 SPACE = """
 from rayltr.spec import Stage, fn
@@ -43,13 +45,34 @@ def value(params, epochs):
 
 @pytest.fixture
 def table(plan):
-    whole = recording.everything(studies.find(plan.study))
-    return {(recording.key(point), epochs): recording.Found(value(point, epochs), 0.5, CURVE)
+    whole = search.everything(studies.find(plan.study))
+    return {(search.key(point), epochs): search.Found(value(point, epochs), 0.5, CURVE)
             for point in whole for epochs in (3, 9, 27)}  # fmt: skip
 
 
 def found(objective, *curve):
-    return recording.Found(objective, 0.5, np.array(curve or CURVE))
+    return search.Found(objective, 0.5, np.array(curve or CURVE))
+
+
+def test_the_recorded_table_is_complete():
+    table = search.read()
+    points = search.everything(studies.find(search.PLAN.study))
+    assert len(points) == 160
+    assert set(table) == {(search.key(point), epochs) for point in points for epochs in (6, 18, 54)}
+    for one in table.values():
+        assert one.objective > 0 and 0 <= one.error <= 1
+        assert one.curve.shape == (len(TAUS), 2) and ((one.curve >= 0) & (one.curve <= 1)).all()
+    assert search.TABLE.stat().st_size < 300_000
+
+
+def test_points_are_all_paths_through_a_conditional_space():
+    def space(trial):
+        if trial.suggest_categorical("a", [1, 2]) == 2:
+            trial.suggest_categorical("b", ["x", "y"])
+        return Stage(source=fn("digits"), epochs=1)
+
+    points = recorded_space.points(space, {"arm": "study"})
+    assert [tuple(point.values()) for point in points] == [("study", 1), ("study", 2, "x"), ("study", 2, "y")]
 
 
 def test_stages_that_jobs_share_are_asked_twice_and_trained_once():
@@ -121,9 +144,25 @@ def test_what_is_never_reached_counts_as_the_whole_search(plan, table, monkeypat
     assert rows == {name: [(200 / 150, 2.0, False)] for name in search.MEASURES}
 
 
+def test_recording_goes_on_where_it_was_and_the_table_can_be_played(plan, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(search, "PLAN", Plan(plan.study, epochs=27, seed=0))
+    monkeypatch.setattr(search, "RECORDED", "schedules")
+    monkeypatch.setattr(search, "everything", lambda study: [
+        {"arm": STUDY, "lr": 0.1, "gamma": 1.0}, {"arm": CONTROL, "lr": 0.1}])  # fmt: skip
+    path = tmp_path / "table.parquet"
+    search.record(path, Store(tmp_path / "store"))
+    first = search.read(path)
+    assert {epochs for _, epochs in first} == {3, 27} and len(first) == 4
+    capsys.readouterr()
+    search.record(path, Store(tmp_path / "store"))
+    assert "2 of 2 points, 0 epochs trained" in capsys.readouterr().out
+    again = search.read(path)
+    assert all(np.array_equal(one.curve, again[name].curve) for name, one in first.items())
+
+
 @pytest.mark.parametrize(("limit", "code"), [(10.0, 0), (1e-6, 1)])
 def test_the_exit_code_says_whether_the_default_is_within_the_limit(monkeypatch, capsys, limit, code):
     monkeypatch.setattr(search, "SEARCHES", {"random, none": ("random", "none")})
     monkeypatch.setattr(search, "LIMIT", limit)
     assert search.main(["--seeds", "2", "--trials", "12"]) == code
-    assert "12 trials of 81 epochs = 972 epochs asked" in capsys.readouterr().out
+    assert "12 trials of 54 epochs = 648 epochs asked" in capsys.readouterr().out
