@@ -170,6 +170,15 @@ class Evidence:
         return estimates.difference(self.samples[name], i, j, self.points[name])
 
     @cached_property
+    def attained(self) -> Floats:
+        """What at least half of the fresh seeds reach with the finalists at any tau: corners (many, few) [K, 2]."""
+        sets: dict[int, list[Floats]] = {}
+        for again in (one for repeats in self.fresh.values() for one in repeats):
+            points = again.points()[:, 1:]
+            sets.setdefault(again.row["seed"], []).append(points[np.isfinite(points).all(1)])
+        return pareto.attainment([np.concatenate(own) for own in sets.values()]) if len(sets) > 1 else np.zeros((0, 2))
+
+    @cached_property
     def curves(self) -> Floats:
         """(tau, many, few) of the trials with both, [M', K, 3] as far as predictions are stored."""
         found = [trial.points() for trial in self.both]

@@ -42,6 +42,10 @@ def head_tail(evidence: Evidence, ensemble: dict[str, float] | None) -> Figure |
         *(_control(control) if control in shown else []),
         *_edge(evidence.front, evidence.paired),
     ])  # fmt: skip
+    surface = evidence.attained
+    if len(surface):
+        line = {"color": ORANGE, "width": 2, "dash": "dot", "shape": "vh"}
+        figure.add_trace(draw.scatter(100 * surface, mode="lines", line=line))
     if best and best is not control:
         figure.add_trace(draw.label(100 * _fitted(best), "best", "bottom left"))
     if ensemble:
@@ -62,6 +66,7 @@ def head_tail(evidence: Evidence, ensemble: dict[str, float] | None) -> Figure |
             Key("the same trial, raw (τ = 0)", BLUE, "circle-open"),
             Key("its τ curve", SKY, line=1),
             *([Key("control arm (open: raw), τ curve of its best trial", VERMILION, "diamond", 2)] if control else []),
+            *([Key("reached by half of the fresh seeds", ORANGE, line=2, dash=True)] if len(surface) else []),
             *([Key("best ensemble", PURPLE, "star")] if ensemble else []),
         ],
         table=_table(evidence, shown),

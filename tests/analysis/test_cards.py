@@ -152,8 +152,19 @@ def test_fresh_seeds_choose_nothing_and_say_what_finalists_are_worth(repeated: P
     assert not any("+" in name for expert in found.ensembles.members for name in [expert.name])
 
 
+def test_what_half_of_the_fresh_seeds_reach(repeated: Path):
+    found = Evidence(load(repeated))
+    seeds = [[one for again in found.fresh.values() for one in again if one.row["seed"] == seed] for seed in (1, 2)]
+    assert [len(own) for own in seeds] == [2, 2] and len(found.attained) > 1
+    for many, few in found.attained:
+        reached = [any(((one.points()[:, 1:] >= [many, few]).all(1)).any() for one in own) for own in seeds]
+        assert any(reached), "one of two seeds is half of them"
+        higher = [any(((one.points()[:, 1:] >= [many, few + 1e-9]).all(1)).any() for one in own) for own in seeds]
+        assert not any(higher)
+
+
 def test_without_fresh_seeds_there_are_no_finalists(evidence):
-    assert evidence.fresh == {} and decide.finalists(evidence) is None
+    assert evidence.fresh == {} and decide.finalists(evidence) is None and not len(evidence.attained)
 
 
 def test_nothing_finished_is_no_card(tmp_path: Path):
