@@ -102,15 +102,16 @@ def taught(stage: Stage, module: Any, seen: list[dict[str, tuple[Tensor, Tensor]
 def looked(images: list[Tensor], network: transformers.TwoTokens) -> list[str]:
     """How far the heads of the first blocks look."""
     grid, patch = network.body.patch_embed.grid_size, network.body.patch_embed.patch_size[0]
-    lines = []
-    for number in range(min(SHOWN, len(network.body.blocks))):
-        found = [
-            transformers.attention_distance(transformers.attention(network, part)[number], grid, patch)
-            for part in images
-        ]
-        heads = " ".join(f"{value:.1f}" for value in sorted(torch.stack(found).mean(0).tolist()))
-        lines.append(f"attention distance of the heads of block {number + 1} (pixels): {heads}")
-    return lines
+    shown = range(min(SHOWN, len(network.body.blocks)))
+    sums = [torch.zeros(()) for _ in shown]
+    for part in images:
+        maps = transformers.attention(network, part)
+        for number in shown:
+            far = transformers.attention_distance(maps[number], grid, patch).cpu()
+            sums[number] = sums[number] + len(part) * far
+    whole = sum(map(len, images))
+    heads = [" ".join(f"{value:.1f}" for value in sorted((total / whole).tolist())) for total in sums]
+    return [f"attention distance of the heads of block {number + 1} (pixels): {heads[number]}" for number in shown]
 
 
 def chunks(split: Split, rows: np.ndarray, device: torch.device) -> Iterator[Tensor]:
@@ -124,10 +125,13 @@ def views(
     """Images and main targets of every chunk, as they are and as the student was shown them."""
     generator = torch.Generator(device).manual_seed(0)
     view, before = build.function("views", stage.views[0]), stage.mixing or (stage.resume and stage.resume.mixing)
+    own = build.function("views", stage.views[-1]) if len(stage.views) > 1 else None  # what the teacher has instead
     targets = torch.as_tensor(split.target[rows]).to(device).split(CHUNK)
     for images, target in zip(chunks(split, rows, device), targets, strict=True):
         strong = view(images, generator)
         found = {"as they are": (images, target), "augmented": (strong, target)}
+        if own:
+            found["augmented for the teacher"] = (own(images, generator), target)
         if before:
             mixed, other, weight = build.function("mixing", before)(strong, target, counts, generator)
             found["augmented and mixed"] = (mixed, torch.where(weight >= 0.5, target, other))
