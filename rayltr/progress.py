@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Mapping
+from threading import Event
 from typing import Any
 
 from rich.console import Console
@@ -16,10 +17,13 @@ QUIET_S = 15.0
 
 
 class Progress:
-    """Told of every report of every trial.  farewell: what to say when the search ends before its time."""
+    """Told of every report of every trial.
+
+    farewell: what to say when the search ends before its time.  over: set while no trial runs.
+    """
 
     def __init__(self) -> None:
-        self.farewell = ""
+        self.farewell, self.over = "", Event()
         self.console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
         self.live: Live | None = None
         self.running: dict[str, Mapping[str, Any]] = {}
@@ -34,6 +38,7 @@ class Progress:
         self.console.print(text, markup=False)
 
     def begin(self, trials: int, concurrent: int) -> None:
+        self.over.clear()
         self.left, self.said = len(self.rows) + trials, time.monotonic()
         self.say(f"{trials} trials to run, {concurrent} at once")
         if self.console.is_terminal:
@@ -57,6 +62,7 @@ class Progress:
             self.say(f"  {row['trial']} {outcome(row)}  [{len(self.rows)}/{self.left}]")
 
     def close(self) -> None:
+        self.over.set()
         if self.live:
             self.live.stop()
             self.live = None

@@ -253,10 +253,12 @@ def deserted(progress: Progress, address: str) -> None:
     """
     host, _, port = address.rpartition(":")
     while answers(host, int(port)):
-        time.sleep(LOOK_S)
-    progress.close()
-    progress.say(progress.farewell)
-    at_once()
+        if progress.over.wait(LOOK_S):
+            return
+    if not progress.over.is_set():
+        progress.close()
+        progress.say(progress.farewell)
+        at_once()
 
 
 def same(run: str) -> Callable[[dict[str, Any]], bool]:
