@@ -15,7 +15,8 @@ class Method(supervised.Method):
 
     chosen: the classifier that goes on, "soft", "hard" (what the published program does) or the "sum" of both.  The
     other keywords are those of `supervised`; the network is frozen unless `frozen` is False.
-    Raises ValueError for another choice, and at the hand-over where there are no two classifiers to choose from.
+    Raises ValueError for another choice, and at the hand-over where the parent does not have what is chosen; a parent
+    with one classifier is taken for its soft one.
     """
 
     def __init__(
@@ -35,8 +36,6 @@ class Method(supervised.Method):
     def inherit(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         """A parent's weights under the names they have here."""
         hard = {f"head.{name.removeprefix('hard.')}": given[name] for name in given if name.startswith("hard.")}
-        if not hard:
-            raise ValueError("student goes on with a stage of the method distil; this parent has one classifier only")
         others = {name: value for name, value in given.items() if not name.startswith("hard.")}
         if self.chosen == "soft":
             return others

@@ -124,7 +124,8 @@ def test_two_classifiers_have_no_place_in_a_method_of_one(method, message):
     ("method", "message"),
     [
         (fn("distil"), "hard.weight of this stage is missing in the parent stage"),
-        *((fn("student", chosen=name), "this parent has one classifier only") for name in ("soft", "hard", "sum")),
+        (fn("student", chosen="hard"), "head.weight of this stage is missing in the parent stage"),
+        (fn("student", chosen="sum"), "takes a parent stage with two linear classifiers"),
     ],
 )
 def test_one_classifier_does_not_make_two(method, message):
