@@ -5,6 +5,7 @@ Everything is computed once, when it is first asked for, from explicit seeds.
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import nan
 
 import numpy as np
 from numpy.typing import NDArray
@@ -168,6 +169,17 @@ class Evidence:
             found = estimates.apart([*self._repeated[i][name].T], [*self._repeated[j][name].T])
             return replace(found, value=self._mean(i, name) - self._mean(j, name))
         return estimates.difference(self.samples[name], i, j, self.points[name])
+
+    def changed(self, one: Trial, other: Trial) -> dict[str, Estimate | None]:
+        """By score, how much better the other is than the one, on the same images; None where nothing was measured."""
+        values = {name: (one.val[f"fitted_{name}"], other.val[f"fitted_{name}"]) for name in SCORES}
+        if not self.paired:
+            found = {name: Estimate(after - before, nan, nan) for name, (before, after) in values.items()}
+        else:
+            hits = np.stack([one.hits(), other.hits()])
+            samples = resample.grouped(hits, self.target, self.run.groups, self.draws)
+            found = {name: estimates.difference(samples[name], 1, 0, values[name]) for name in SCORES}
+        return {name: own if np.isfinite(own.value) else None for name, own in found.items()}
 
     @cached_property
     def attained(self) -> Floats:

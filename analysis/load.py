@@ -116,8 +116,15 @@ class Run:
 
     def repeats(self, trial: Trial) -> list[Trial]:
         """The finished trainings of a trial's recipe with fresh seeds, which the search did not choose it by."""
-        own = [other for other in self.trials if other.id.startswith(f"{trial.id}+") and _whole(other.row)]
-        return [other for other in own if other.packed is not None or trial.packed is None]
+        own = [one for one in self.trials if one.id.startswith(f"{trial.id}+") and not choice.ablated(one.row)]
+        return [one for one in own if _whole(one.row) and (one.packed is not None or trial.packed is None)]
+
+    @property
+    def ablated(self) -> list[tuple[Trial, Trial]]:
+        """Pairs of a trial and the same with one choice set back."""
+        done = {trial.id: trial for trial in self.trials if _whole(trial.row)}
+        found = ((done.get(t.id.removesuffix(f"-{choice.ablated(t.row)}")), t) for t in done.values())
+        return [(whole, other) for whole, other in found if whole and whole is not other]
 
     @property
     def measured(self) -> list[Trial]:

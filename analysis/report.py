@@ -12,7 +12,7 @@ from analysis.cards import Card, cards
 from analysis.evidence import Evidence
 from analysis.load import Run, load, merged
 from analysis.page import Page
-from analysis.sections import appendix, decide, effort, models, trade, why
+from analysis.sections import appendix, decide, effort, models, tokens, trade, why
 from analysis.tables import Table, counted, number, percent, signed, text
 from rayltr import records
 from rayltr.metrics import GROUPS
@@ -49,6 +49,7 @@ def build(run: Run, most: float | None = None) -> Page:
             trade.head_tail(evidence),
             trade.tau(evidence),
             trade.frequency(evidence),
+            *filter(None, [tokens.section(evidence)]),
             why.section(evidence),
             models.calibrations(evidence),
             models.ensembles(evidence),

@@ -1,52 +1,40 @@
 """How many epochs the search saves against random search at full length, played on recorded trainings.
 
-`python -m benchmarks.search record` trains every point of `benchmarks/recorded_space.py` on long-tailed digits, at
-full length and on the shorter rungs, and keeps what was found in `tests/data/recorded_search.parquet`.
-`python -m benchmarks.search` plays searches on that table: agenda, proposals, samplers and fidelities are the real
-ones, only the training is looked up.  The exit code is 1 when the default search needs more than a third of the epochs
-of random search, in the mean over the seeds, for the objective or for the head x tail area.
+`python -m benchmarks.search` plays searches on the table of `benchmarks.recording`: agenda, proposals, samplers and
+fidelities are the real ones, only the training is looked up.  A search reaches what random search reaches in the end
+when the mean over its seeds is as good.  Epochs are told as shares of those of random search, which trains every trial
+by itself and in full: those that the search trains, and those that it would without sharing stages.  The exit code is
+1 when the default search trains more than a third, for the objective or for the head x tail area.
 """
 
 import argparse
-import json
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import accumulate, count
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
-from statistics import fmean, stdev
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from analysis.pareto import hypervolume
-from benchmarks.recorded_space import points
-from rayltr import metrics, records, sampling, studies
+from benchmarks.recording import PLAN, TABLE, Found, Table, key, read
+from rayltr import sampling, studies
 from rayltr.agenda import Agenda, Job
-from rayltr.interface import Resources
 from rayltr.proposals import Proposals
 from rayltr.spec import RandomTrial
-from rayltr.store import Store
-from rayltr.studies import CONTROL, EVERY, FIDELITIES, STUDY, Plan, Study, rungs
-from rayltr.trial import run
+from rayltr.studies import EVERY, FIDELITIES, STUDY, Plan, rungs
 
-HERE = Path(__file__).parent
-TABLE = HERE.parent / "tests" / "data" / "recorded_search.parquet"
-PLAN = Plan(str(HERE / "recorded_space.py"), epochs=54, precision="fp32", seed=0)
-RECORDED = "halving"
-"""The fidelity with the most rungs: the lengths of all others are among its own."""
 OBJECTIVE = ("balanced_nll",)
 LIMIT = 1 / 3
 SEEDS_APART = 100_000
 TIED = 1e-9
 """Areas are sums, so equal ones differ in the last digits."""
+DRAWS, SPREAD = 1000, (0.1, 0.9)
+"""Of the bootstrap over seeds: how many, and the quantiles that are told."""
 
 SEARCHES = {
     "tpe, schedules": ("tpe", "schedules"),
@@ -57,70 +45,6 @@ SEARCHES = {
     "random, none": ("random", "none"),
 }
 """Sampler and fidelity of every search that is played; the first is the default of long searches."""
-
-
-@dataclass(frozen=True, eq=False)
-class Found:
-    """What a training reached on validation.
-
-    objective: class-balanced NLL in nats at the fitted tau and temperature.  error: balanced error there, in [0, 1].
-    curve: accuracy on many and few [K, 2] at the fitted temperature and every tau of `metrics.TAUS`.
-    """
-
-    objective: float
-    error: float
-    curve: NDArray[np.float64]
-
-
-Table = Mapping[tuple[str, int], Found]
-"""By `key` of the parameters and epochs."""
-
-
-def key(params: Mapping[str, Any]) -> str:
-    return json.dumps(params, sort_keys=True)
-
-
-def everything(study: Study) -> list[dict[str, Any]]:
-    """The points of both arms."""
-    return [*points(study.space, {"arm": STUDY}), *points(study.control, {"arm": CONTROL})]
-
-
-def record(path: Path, store: Store) -> None:
-    """Trains what the store does not hold yet, and writes the table."""
-    study, rows, trained, began = studies.find(PLAN.study), list[dict[str, Any]](), 0, time.monotonic()
-    whole = everything(study)
-    for position, params in enumerate(whole, 1):
-        for plan in rungs(PLAN, RECORDED):
-            result = run(plan.stage(study, params), store, resources=Resources(threads=1))
-            trained += result.trained
-            rows.append({"params": key(params), "epochs": plan.epochs, **measured(result.predictions, result.metrics)})
-        left = (time.monotonic() - began) / position * (len(whole) - position) / 60
-        print(f"{position} of {len(whole)} points, {trained} epochs trained, about {left:.0f} min left", flush=True)
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows), sink, compression="zstd")
-    records.save(path, sink.getvalue().to_pybytes())
-
-
-def measured(predictions: str, scores: Mapping[str, float]) -> dict[str, Any]:
-    """The columns of the table that one training gives."""
-    seen = records.read_predictions(predictions)
-    logits, groups = next(iter(seen.logits.values())), metrics.groups(seen.counts)[0]
-    curve = metrics.sweep(logits, seen.target, seen.counts, groups, scores["temperature"])
-    return {
-        "objective": scores["fitted_nll"],
-        "balanced_error": 1 - scores["fitted_balanced"],
-        **{name: curve[name].tolist() for name in ("many", "few")},
-    }
-
-
-def read(path: Path = TABLE) -> dict[tuple[str, int], Found]:
-    rows = pq.ParquetFile(path).read().to_pylist()
-    return {
-        (row["params"], row["epochs"]): Found(
-            row["objective"], row["balanced_error"], np.stack([row["many"], row["few"]], 1)
-        )
-        for row in rows
-    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,7 +121,7 @@ def area(found: Sequence[Found]) -> float:
     return hypervolume(np.concatenate([one.curve for one in found]))
 
 
-MEASURES = {"objective": objective, "area": area}
+MEASURES: dict[str, Callable[[Sequence[Found]], float]] = {"objective": objective, "area": area}
 
 
 def random_search(table: Table, plan: Plan, trials: int, seed: int) -> list[Step]:
@@ -215,18 +139,44 @@ def random_search(table: Table, plan: Plan, trials: int, seed: int) -> list[Step
     return [*steps(agenda, lambda job: table[key(job.params), plan.epochs or 0], 1, 1)]
 
 
-def reach(log: Iterable[Step], goals: Mapping[str, float]) -> tuple[dict[str, Step], Step]:
-    """The step at which full-length trainings had reached each goal (absent: never), and the last one looked at."""
-    met, whole, step = dict[str, Step](), list[Found](), None
-    for step in log:
-        whole += [step.found] if step.whole else []
-        if step.whole:
-            now = {name: step for name, goal in goals.items() if MEASURES[name](whole) >= goal - TIED}
-            met = {**now, **met}
-        if len(met) == len(goals):
-            break
-    assert step is not None
-    return met, step
+@dataclass(frozen=True, eq=False)
+class Course:
+    """A search in its full-length trainings, each field [K]: epochs by then, and what they have reached together."""
+
+    asked: NDArray[np.float64]
+    trained: NDArray[np.float64]
+    reached: dict[str, NDArray[np.float64]]
+
+
+def course(log: Sequence[Step]) -> Course:
+    whole = [step for step in log if step.whole]
+    found = [step.found for step in whole]
+    so_far = [found[: n + 1] for n in range(len(found))]
+    asked, trained = (np.array([getattr(step, name) for step in whole], float) for name in ("asked", "trained"))
+    return Course(asked, trained, {name: np.array([own(part) for part in so_far]) for name, own in MEASURES.items()})
+
+
+def levels(courses: Sequence[Course], epochs: str, name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Numbers of epochs [T] ("asked" or "trained") and what every course has reached by then [S, T]."""
+    spent = [getattr(own, epochs) for own in courses]
+    grid = np.unique(np.concatenate(spent))
+    at = [np.searchsorted(one, grid, "right") for one in spent]
+    return grid, np.stack([np.array([-inf, *own.reached[name]])[i] for own, i in zip(courses, at, strict=True)])
+
+
+def shares(courses: Sequence[Course], baselines: Sequence[Course], epochs: str, name: str) -> list[float]:
+    """What share of the epochs of random search the mean needs to be as good, inf if it never is.
+
+    And its quantiles over draws of the seeds, which the two have in common.
+    """
+    grid, reached = levels(courses, epochs, name)
+    ends = np.array([own.reached[name][-1] for own in baselines])
+    rng, found = np.random.default_rng(0), []
+    for draw in range(DRAWS + 1):
+        chosen = rng.integers(len(ends), size=len(ends)) if draw else np.arange(len(ends))
+        there = np.flatnonzero(reached[chosen].mean(0) >= ends[chosen].mean() - TIED)
+        found.append(grid[there[0]] / baselines[0].asked[-1] if len(there) else inf)
+    return [found[0], *np.quantile(found[1:], SPREAD, method="nearest").tolist()]
 
 
 def cost(plan: Plan, trials: int, fidelity: str) -> int:
@@ -244,63 +194,44 @@ def filling(plan: Plan, fidelity: str, epochs: int) -> int:
     return next(trials for trials in count(1) if cost(plan, trials, fidelity) >= epochs)
 
 
-def shares(
-    table: Table, plan: Plan, search: tuple[str, str], baselines: Sequence[Sequence[Step]], concurrent: int
-) -> dict[str, list[tuple[float, float, bool]]]:
-    """For each measure and each random search: epochs asked and trained as shares of its own, and whether it was met.
-
-    A search is as large as the random search; what it does not meet counts as all of its epochs.
-    """
-    found: dict[str, list[tuple[float, float, bool]]] = {name: [] for name in MEASURES}
-    for seed, baseline in enumerate(baselines):
-        last = baseline[-1]
-        goals = {name: measure([step.found for step in baseline]) for name, measure in MEASURES.items()}
-        log = play(table, plan, *search, filling(plan, search[1], last.asked), seed, concurrent)
-        met, end = reach(log, goals)
-        for name in MEASURES:
-            step = met.get(name, end)
-            found[name].append((step.asked / last.asked, step.trained / last.trained, name in met))
-    return found
-
-
-def line(name: str, found: Mapping[str, Sequence[tuple[float, float, bool]]]) -> str:
+def line(name: str, courses: Sequence[Course], baselines: Sequence[Course]) -> str:
     cells = []
-    for rows in found.values():
-        asked, trained = ([row[column] for row in rows] for column in (0, 1))
-        spread = stdev(asked) / len(asked) ** 0.5
-        cells.append(f"{fmean(asked):8.3f} ± {spread:.3f}{fmean(trained):9.3f}{sum(not row[2] for row in rows):7}")
-    return f"{name:20}" + "   ".join(cells)
+    for measure in MEASURES:
+        for epochs in ("trained", "asked"):
+            found = shares(courses, baselines, epochs, measure)
+            share, low, high = (f"{own:.2f}" if own < inf else "never" for own in found)
+            cells.append(f"{share:>7}{f'[{low}, {high}]':>15}")
+    return f"{name:20}" + "".join(cells)
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="benchmarks.search", description=__doc__.split("\n")[0])
-    made.add_argument("action", nargs="?", choices=("compare", "record"), default="compare", help="default: compare")
     made.add_argument("--table", type=Path, default=TABLE, help="the recorded table (default: tests/data/...)")
-    made.add_argument("--store", default="runs/recorded_search", help="record: trained stages (default: %(default)s)")
     made.add_argument("--trials", type=int, default=60, help="of each random search (default: %(default)s)")
     made.add_argument("--seeds", type=int, default=20, help="searches of each kind (default: %(default)s)")
     made.add_argument("--concurrent", type=int, default=1, help="trainings at once (default: %(default)s)")
+    made.add_argument("--default", action="store_true", help="play the default search only")
     return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    if options.action == "record":
-        record(options.table, Store(options.store))
-        return 0
-    table = read(options.table)
-    baselines = [random_search(table, PLAN, options.trials, seed) for seed in range(options.seeds)]
-    last = [baseline[-1] for baseline in baselines]
-    print(f"random search: {options.trials} trials of {PLAN.epochs} epochs = {last[0].asked} epochs asked, "
-          f"{fmean(step.trained for step in last):.0f} trained; {options.seeds} seeds")  # fmt: skip
+    table, seeds = read(options.table), range(options.seeds)
+    baselines = [course(random_search(table, PLAN, options.trials, seed)) for seed in seeds]
+    whole = int(baselines[0].asked[-1])
+    print(f"random search: {options.trials} trials of {PLAN.epochs} epochs = {whole} epochs; {options.seeds} seeds")
     print("epochs a search needs to reach its final objective (NLL) and head x tail area, as shares of that")
-    print(f"{'':20}" + "   ".join(f"{name:>8} ± s.e.  trained  never" for name in MEASURES))
-    needed = {}
-    for name, search in SEARCHES.items():
-        needed[name] = shares(table, PLAN, search, baselines, options.concurrent)
-        print(line(name, needed[name]), flush=True)
-    default = next(iter(needed.values()))
-    return int(any(fmean(row[0] for row in rows) > LIMIT for rows in default.values()))
+    print(f"{'':20}" + "".join(f"{f'{name}, {how}':>22}" for name in MEASURES for how in ("trained", "not shared")))
+    first = None
+    for name, (sampler, fidelity) in SEARCHES.items():
+        trials = filling(PLAN, fidelity, whole)
+        courses = [course([*play(table, PLAN, sampler, fidelity, trials, seed, options.concurrent)]) for seed in seeds]
+        print(line(name, courses, baselines), flush=True)
+        first = first or courses
+        if options.default:
+            break
+    assert first is not None
+    return int(any(shares(first, baselines, "trained", name)[0] > LIMIT for name in MEASURES))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`rayltr search|train|export|predict|report|inspect|prune ...`: the commands under one name."""
+"""`rayltr search|train|export|predict|report|inspect|adapt|prune ...`: the commands under one name."""
 
 import sys
 from difflib import get_close_matches
@@ -11,6 +11,7 @@ COMMANDS = {
     "predict": ("rayltr.predict", "use an exported model on images"),
     "report": ("analysis.__main__", "write the report of a run"),
     "inspect": ("rayltr.inspect", "look into a trained vision transformer with two tokens"),
+    "adapt": ("rayltr.adapt", "weigh the experts of a trained trial for unlabelled images"),
     "prune": ("rayltr.prune", "make a run small: weights of its best trials only"),
 }
 

@@ -1,8 +1,9 @@
 """What a search does next: proposals, promotions to longer training, trials to repeat; no Ray and no Optuna here.
 
 A job is one training of one recipe on one rung, that is, at one length.  Every proposal is trained on the lowest rung;
-of each block of them (by their numbers, each arm by itself) the best goes to the next one.  Blocks do not depend on
-the order in which trials end, so an interrupted search promotes what an undisturbed one would have promoted.
+with each block of them (by their numbers, each arm by itself) one goes to the next: the best of all blocks so far that
+has not gone yet, nor any trial with the same recipe.  This does not depend on the order in which trials end, so an
+interrupted search promotes what an undisturbed one would have promoted.
 
 Jobs that want the same stage are not run at the same time: the later one is kept back, without a machine, and others
 go first.
@@ -12,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count, takewhile
 from typing import Any
 
 from rayltr.spec import Stage, chain, digest, line
@@ -29,7 +31,7 @@ class Job:
 
     number: of the proposal; rung: from 0.  asked: Optuna's number of the proposal.  stage: the completed chain, None
     when the point is no valid chain (`broken` says why).  again: it is repeated, alone on its machines.  seed: added
-    to the search's, for a finalist.
+    to the search's, for a finalist.  without: the choice that is set back in it, for an ablation.
     """
 
     number: int
@@ -40,11 +42,13 @@ class Job:
     broken: str | None = None
     again: bool = False
     seed: int = 0
+    without: str = ""
 
     @property
     def trial(self) -> str:
-        """The identifier in the records: 0007, on higher rungs 0007.1, 0007.2, with other seeds 0007+1, 0007+2."""
-        return f"{self.number:04d}" + (f".{self.rung}" if self.rung else "") + (f"+{self.seed}" if self.seed else "")
+        """The identifier in the records: 0007, on a higher rung 0007.1, with a fresh seed 0007+1, ablated 0007+1-q."""
+        marks = (".", self.rung), ("+", self.seed), ("-", self.without)
+        return f"{self.number:04d}" + "".join(f"{mark}{value}" for mark, value in marks if value)
 
     @property
     def arm(self) -> Any:
@@ -77,6 +81,7 @@ class Agenda:
         self.waiting: list[Job] = []
         self.running: dict[str, tuple[Job, int]] = {}
         self.made: set[str] = set()
+        self.chosen: dict[tuple[int, Any], list[int | None]] = {}
         self.asked_all = False
 
     def next(self) -> Job | None:
@@ -148,25 +153,38 @@ class Agenda:
         return sum(epochs for _, address, epochs in job.stages if address in self.made)
 
     def due(self) -> list[Job]:
-        """Jobs to promote: the best of every finished block of which none was promoted yet."""
+        """Jobs to promote: with every block that has ended one, unless it was promoted before."""
         found = []
         for rung, size in enumerate(self.blocks):
-            arms = dict.fromkeys(job.arm for (_, at), job in sorted(self.known.items()) if at == rung)
-            for arm in arms:
-                jobs = [job for (_, at), job in sorted(self.known.items()) if at == rung and job.arm == arm]
-                for block in (jobs[first : first + size] for first in range(0, len(jobs), size)):
-                    best = self.best(block, whole=len(block) == size or self.closed(rung))
-                    found += [self.promoted(best)] if best else []
-        self.known.update({(job.number, job.rung): job for job in found})
+            for arm in dict.fromkeys(self.known[own, rung].arm for own in self.at(rung)):
+                numbers = [own for own in self.at(rung) if self.known[own, rung].arm == arm]
+                chosen = self.chosen.setdefault((rung, arm), [])
+                while self.done(seen := numbers[: size * (len(chosen) + 1)], rung, size, len(chosen)):
+                    chosen.append(best := self.best(seen, chosen, rung))
+                    if best is not None and (best, rung + 1) not in self.known:
+                        found.append(self.promoted(self.known[best, rung]))
+                        self.known[best, rung + 1] = found[-1]
         return found
 
-    def best(self, block: Sequence[Job], *, whole: bool) -> Job | None:
-        """The job of a block to promote, if that can be said and was not done before."""
-        done = whole and all((job.number, job.rung) in self.found for job in block)
-        if not done or any((job.number, job.rung + 1) in self.known for job in block):
-            return None
-        good = [(job, found) for job in block if (found := self.found[job.number, job.rung]) is not None]
-        order = zip(ranked([found for _, found in good]), (job for job, _ in good), strict=True)
+    def at(self, rung: int) -> list[int]:
+        """The proposals on a rung, in an order that no machine has a part in; none behind one that is still missing."""
+        if not rung:
+            return [*takewhile(lambda own: (own, 0) in self.known, count())]
+        came = [own for (below, _), chosen in self.chosen.items() if below == rung - 1 for own in chosen]
+        return [own for own in came if own is not None]
+
+    def done(self, numbers: Sequence[int], rung: int, size: int, blocks: int) -> bool:
+        """Whether proposals that are one block more than `blocks` have ended, or a part of one if no more can come."""
+        ready = len(numbers) == size * (blocks + 1) or len(numbers) > size * blocks and self.closed(rung)
+        return ready and all((own, rung) in self.found for own in numbers)
+
+    def best(self, numbers: Sequence[int], chosen: Sequence[int | None], rung: int) -> int | None:
+        """The best of the proposals that have a result and whose recipes were not chosen before."""
+        taken = [self.known[own, rung].stages for own in chosen if own is not None]
+        found = {own: self.found[own, rung] for own in numbers if self.known[own, rung].stages not in taken}
+        good = {own: values for own, values in found.items() if values is not None}
+        front = {own: one for own, one in good.items() if not any(dominates(other, one) for other in good.values())}
+        order = zip(ranked([*front.values()]), front, strict=True)
         return min(order, key=lambda pair: pair[0], default=(None, None))[1]
 
     def closed(self, rung: int) -> bool:

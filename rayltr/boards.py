@@ -53,7 +53,7 @@ class Boards:
     def epoch(self, record: Mapping[str, Any]) -> None:
         """Adds what a running trial reports, see `rayltr.progress.Progress.moved`; that it has begun is no epoch."""
         if "epoch" in record:
-            values = {**record["terms"], "images_per_s": record["images_per_s"]}
+            values = {**record["terms"], **record.get("measured", {}), "images_per_s": record["images_per_s"]}
             stage = f"stage{record['stage'] + 1}"
             self._add(record["trial"], record["epoch"], scalars({f"{stage}/{name}": v for name, v in values.items()}))
 

@@ -51,6 +51,7 @@ def method(stage: Stage, facts: Facts, teacher: nn.Module | None = None) -> nn.M
         weight=None if stage.weight is None else function("weight", stage.weight)(counts).float(),
         counts=counts,
         teacher=teacher,
+        teacher_scale=scale(stage.teacher),
         layer=catalogue.completed("mixing", stage.mixing).get("layer") if stage.mixing else None,
         batch=stage.batch,
     )
@@ -67,6 +68,11 @@ def loss(choice: Fn) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     if "features" in inspect.signature(made).parameters:
         return made
     return lambda logits, target, counts, features: made(logits, target, counts)
+
+
+def scale(teacher: Stage | None) -> float:
+    """What the loss of a teacher multiplies logits by, such as the 30 of LDAM's cosines."""
+    return catalogue.completed("loss", teacher.loss).get("scale") or 1.0 if teacher else 1.0
 
 
 def teacher(stage: Stage, facts: Facts, state: State) -> nn.Module:

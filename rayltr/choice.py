@@ -64,8 +64,13 @@ def rung_of(row: Mapping[str, Any]) -> int:
 
 
 def repeated(row: Mapping[str, Any]) -> bool:
-    """Whether a trial is another one with a seed of its own: 0007+1, 0007+2."""
+    """Whether a trial is another one with a seed of its own, 0007+1, 0007+2, and perhaps `ablated`."""
     return "+" in row["trial"].rpartition("/")[2]
+
+
+def ablated(row: Mapping[str, Any]) -> str:
+    """The choice of the winner that is set back in a trial, mixing in 0007+1-mixing; empty in all others."""
+    return row["trial"].rpartition("/")[2].partition("+")[2].partition("-")[2]
 
 
 def top(rows: Iterable[Mapping[str, Any]], first: str, second: str) -> Mapping[str, Any] | None:

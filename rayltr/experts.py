@@ -19,6 +19,11 @@ class Heads(nn.ModuleList):
         return torch.stack([head(own) for head, own in zip(self, features.unbind(1), strict=True)], 1)
 
 
+def is_expert(head: str) -> bool:
+    """Whether a prediction of this name is that of one expert, and not of all or of something else."""
+    return head.startswith("expert")
+
+
 def named(logits: Tensor) -> dict[str, Tensor]:
     """Logits [B, E, C] as predictions [B, C]: `main`, the mean of the logits, then `expert1`, `expert2`, ...
 

@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--best", choices=(*BEST, "control"), default="balanced", help="default: balanced")
     group.add_argument("--ensemble", action="store_true", help="the trials that are best together")
     made.add_argument("--group-bias", action="store_true", help="one trial: a bias per class group, where that helps")
+    made.add_argument("--adapted", action="store_true", help="one trial: the weights of its experts of rayltr adapt")
     made.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     made.add_argument("--onnx", action="store_true", help="model.onnx too (needs the extra rayltr[onnx])")
     return made
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.ensemble and options.group_bias:
         raise ValueError("--group-bias is for one trial; an ensemble is weighted by group where that helps")
+    if options.adapted and (options.ensemble or options.group_bias):
+        raise ValueError("--adapted is for one trial, without --group-bias, which was fitted for its plain prediction")
     run, out = Path(options.run).absolute(), Path(options.out)
     info = records.read_run(run)
     if occupied(out):
@@ -63,18 +66,21 @@ def alone(run: Path, info: Mapping[str, Any], out: Path, options: argparse.Names
         raise ValueError(f"trial {row['trial']} is {row['state']} and cannot be exported")
     bias = group_bias(run, row["trial"]) if options.group_bias else 0.0
     folding, shipping = torch_side()
-    found = folding.finished(run, row, tuple(info["data"]["size"]), bias=bias)
+    note = folding.weighed(run, row) if options.adapted else {}
+    found = folding.finished(run, row, tuple(info["data"]["size"]), bias=bias, weights=note.get("weights"))
     cleared(out)
     shipping.weighed(out, found)
     measured = {key[2:]: value for key, value in row.items() if key.startswith("m.") and value is not None}
     price = shipping.price(found.model, found.facts.size)
-    about = {**manifest(info, [row]), "price": price}
+    about = {**manifest(info, [row]), "price": price, **({"adapted": note} if note else {})}
     shipping.described(out, found.facts.classes, {"trial": row["trial"], **measured}, about)
     rows = records.read_trials(run).to_pylist()
     trials = [other for other in rows if other["state"] == "complete" and not repeated(other)]
     how = model_card.chosen(len(trials), options.trial, options.best)
     if np.any(bias):
         how += " A bias for each class group was added to the logits after these numbers were measured."
+    if note:
+        how += f" Its experts were weighed for unlabelled images ({note['images']}) after these numbers were measured."
     (out / "README.md").write_text(model_card.of_trial(info, row, f"{how} {model_card.seeds(row, rows)}", price))
     own_code(run, row, out)
     if options.onnx:

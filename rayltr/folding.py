@@ -20,7 +20,7 @@ from rayltr import build
 from rayltr.backbones import Normalised
 from rayltr.interface import Facts
 from rayltr.metrics import fit
-from rayltr.records import read_predictions
+from rayltr.records import Predictions, read_predictions
 from rayltr.spec import Stage, end, parse
 from rayltr.store import Store
 
@@ -54,17 +54,22 @@ class Adjustment:
 
 
 class Headed(nn.Module):
-    """A head of a method beside its main one, as it was trained, with the adjustment behind it."""
+    """A head of a method as it was trained, or with `weights` several by their names, and the adjustment behind it."""
 
     shift: Tensor
 
-    def __init__(self, method: nn.Module, head: str, adjustment: Adjustment):
+    def __init__(
+        self, method: nn.Module, head: str, adjustment: Adjustment, weights: Mapping[str, float] | None = None
+    ):
         super().__init__()
         self.method, self.head, self.temperature = method, head, adjustment.temperature
+        self.weights = weights or {head: 1.0}
         self.register_buffer("shift", adjustment.shift().float())
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.method.predict(images)[self.head] / self.temperature + self.shift  # type: ignore[operator]
+        heads = self.method.predict(images)  # type: ignore[operator]
+        weighed = torch.stack([weight * heads[head] for head, weight in self.weights.items()]).sum(0)
+        return weighed / self.temperature + self.shift
 
 
 @torch.no_grad()
@@ -98,13 +103,32 @@ class Finished:
 
 
 def finished(
-    run: Path, row: Mapping[str, Any], size: tuple[int, int], head: str | None = None, bias: np.ndarray | float = 0.0
+    run: Path,
+    row: Mapping[str, Any],
+    size: tuple[int, int],
+    head: str | None = None,
+    bias: np.ndarray | float = 0.0,
+    weights: Mapping[str, float] | None = None,
 ) -> Finished:
     """The model of a row of the trials table, from the run's store; neither data nor Ray are needed.
 
-    head: which one; None is the main one.  bias: added to the corrected logits, [C].  Raises ValueError when the
-    weights are not in the store any more.
+    head: which one; None is the main one.  bias: added to the corrected logits, [C].  weights: of the experts, by name,
+    instead of the main head, whose tau and temperature they have.  Raises ValueError when the weights of the network
+    are not in the store any more.
     """
+    method, facts, val = trained(run, row, size)
+    main = next(iter(val.logits))
+    tau, temperature, _ = fit(val.logits[head or main], val.target, val.counts)
+    adjustment = Adjustment(tau, temperature, val.counts, bias)
+    if weights:
+        model: Shipped | Headed = Headed(method, main, adjustment, weights).eval().float()
+    else:
+        model = shipped(method, head or main, adjustment, size, fold=head in (None, main))
+    return Finished(model, parse(json.loads(row["recipe"])), facts, adjustment)
+
+
+def trained(run: Path, row: Mapping[str, Any], size: tuple[int, int]) -> tuple[nn.Module, Facts, Predictions]:
+    """The method of a row of the trials table with its trained weights, and its stored validation predictions."""
     place = run / row["predictions_val"]
     note = place.with_name(place.name.replace(".val.parquet", ".json"))
     if not note.exists():
@@ -120,11 +144,22 @@ def finished(
     facts = Facts(tuple(val.classes), val.counts, mean, std, size)
     method = build.method(stage.but(backbone=stage.backbone.but(pretrained=None)), facts)
     build.adopt(method, state, again=True)
-    main = next(iter(val.logits))
-    tau, temperature, _ = fit(val.logits[head or main], val.target, val.counts)
-    adjustment = Adjustment(tau, temperature, val.counts, bias)
-    model = shipped(method, head or main, adjustment, size, fold=head in (None, main))
-    return Finished(model, parse(json.loads(row["recipe"])), facts, adjustment)
+    return method, facts, val
+
+
+def adapted(run: Path, row: Mapping[str, Any]) -> Path:
+    """Where `rayltr.adapt` keeps the weights of a trial's experts."""
+    return run / "adapted" / f"{row['trial']}.json"
+
+
+def weighed(run: Path, row: Mapping[str, Any]) -> dict[str, Any]:
+    """What `rayltr.adapt` found for a trial.  Raises ValueError if it has not, or for another training of that name."""
+    with contextlib.suppress(OSError, ValueError):
+        note = json.loads(adapted(run, row).read_text())
+        if note["address"] == row["address"]:
+            return note
+    raise ValueError(f"{run} has no weights of experts for trial {row['trial']}: python -m rayltr.adapt {run} "
+                     f"--trial {row['trial']} learns them")  # fmt: skip
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ CHUNK = 100
 """So many images pass the network at once: the attention of all heads is kept."""
 SHOWN = 2
 """The first blocks, whose attention is looked at."""
+PLAIN, STRONG, MIXED = "as they are", "augmented", "augmented and mixed"
+TEACHER = "augmented for the teacher"
+"""How images are seen."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,7 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not hasattr(module, "both"):
         raise ValueError(f"trial {row['trial']} is of the method {stage.method.name}; only students with two tokens, "
                          "of the method tokens, can be inspected")  # fmt: skip
-    print("\n".join(told(stage, module, data, options.images, device)))
+    found = measured(stage, module, data, options.images, device)
+    print("\n".join(told(found)))
+    records.write_inspected(run, row["trial"], {"address": row["address"], **found})
+    print(f"the report of {run} shows this, too: python -m analysis {options.run}")
     return 0
 
 
@@ -69,49 +75,78 @@ def restored(run: Path, stage: Stage, device: torch.device) -> tuple[Stage, Any,
 
 
 @torch.no_grad()
-def told(stage: Stage, module: Any, data: Data, images: int, device: torch.device) -> list[str]:
-    """The measures as lines."""
-    counts, split = torch.as_tensor(data.counts), data.train
+def measured(stage: Stage, module: Any, data: Data, images: int, device: torch.device) -> dict[str, Any]:
+    """The measures as plain data: `images`, how many; `views` by name, of training images; `attention`; `rank`."""
+    split, body = data.train, module.backbone.body
     chosen = np.sort(np.random.default_rng(0).permutation(len(split))[:images])
-    seen = [*views(stage, split, chosen, counts, device)]
-    lines = taught(stage, module, seen)
-    backbone = module.backbone
-    tokens = torch.cat([backbone.body.tokens(backbone.normalised(part["augmented"][0])) for part in seen])
-    lines.append(f"distance of the two tokens (1 - cosine): {transformers.token_distance(tokens).item():.3f}")
-    lines += looked([backbone.normalised(part["as they are"][0]) for part in seen], backbone.body)
-    few = np.isin(split.target, groups(data.counts)[0]["few"])
-    rows = np.flatnonzero(few if few.any() else ~few)[:images]
-    found = torch.cat(
-        [transformers.blocks(backbone.body, backbone.normalised(part)) for part in chunks(split, rows, device)], 1
-    )
-    ranks = " ".join(str(transformers.feature_rank(own[:, 1])) for own in found)
-    return [*lines, f"rank of the distillation token after each block, {len(rows)} images of few classes: {ranks}"]
+    seen = [*views(stage, split, chosen, torch.as_tensor(data.counts), device)]
+    return {
+        "images": len(chosen),
+        "views": {name: viewed(module, [part[name] for part in seen], name != TEACHER) for name in seen[0]},
+        "attention": looked([module.backbone.normalised(part[PLAIN][0]) for part in seen], body),
+        "rank": ranked(module, data, images, device),
+    }
 
 
-def taught(stage: Stage, module: Any, seen: list[dict[str, tuple[Tensor, Tensor]]]) -> list[str]:
-    """What the teacher makes of the images; cosines are multiplied as in its own loss."""
-    scale = (stage.teacher.loss.get("scale", 1.0) if stage.teacher else 1.0) / module.scale
-    lines = ["the teacher on training images      accuracy %   entropy (nats)"]
-    for name in seen[0]:
-        logits = torch.cat([scale * module.taught_by(part[name][0]) for part in seen])
-        accuracy, entropy = transformers.judged(logits, torch.cat([part[name][1] for part in seen]))
-        lines.append(f"  {name:32} {100 * accuracy.item():10.1f} {entropy.item():16.3f}")
-    return lines
+def viewed(module: Any, seen: list[tuple[Tensor, Tensor]], student: bool) -> dict[str, float]:
+    """What the teacher makes of images with targets, and how far apart the student's tokens are, if it sees them."""
+    logits = torch.cat([module.as_trained * module.taught_by(images) for images, _ in seen])
+    accuracy, entropy = transformers.judged(logits, torch.cat([target for _, target in seen]))
+    found = {"teacher_accuracy": accuracy.item(), "teacher_entropy": entropy.item()}
+    if student:
+        tokens = torch.cat([module.both(images)[2] for images, _ in seen])
+        found["token_distance"] = transformers.token_distance(tokens).item()
+    return found
 
 
-def looked(images: list[Tensor], network: transformers.TwoTokens) -> list[str]:
-    """How far the heads of the first blocks look."""
+def looked(images: list[Tensor], network: transformers.TwoTokens) -> dict[str, Any]:
+    """How far the heads of the first blocks look, ascending, and how far they would if they looked everywhere alike."""
     grid, patch = network.body.patch_embed.grid_size, network.body.patch_embed.patch_size[0]
     shown = range(min(SHOWN, len(network.body.blocks)))
-    sums = [torch.zeros(()) for _ in shown]
+    sums, tokens = [torch.zeros(()) for _ in shown], 1
     for part in images:
         maps = transformers.attention(network, part)
+        tokens = maps[0].shape[-1]
         for number in shown:
             far = transformers.attention_distance(maps[number], grid, patch).cpu()
             sums[number] = sums[number] + len(part) * far
     whole = sum(map(len, images))
-    heads = [" ".join(f"{value:.1f}" for value in sorted((total / whole).tolist())) for total in sums]
-    return [f"attention distance of the heads of block {number + 1} (pixels): {heads[number]}" for number in shown]
+    anywhere = transformers.attention_distance(torch.ones(1, 1, tokens, tokens), grid, patch)
+    return {"blocks": [sorted((total / whole).tolist()) for total in sums], "uniform": anywhere.item()}
+
+
+def ranked(module: Any, data: Data, images: int, device: torch.device) -> dict[str, Any]:
+    """The rank of the distillation token on images of few classes; `unseen`: how many of them are of validation."""
+    backbone, (seen, unseen) = module.backbone, rare(data, images)
+    parts = [*chunks(data.train, seen, device), *chunks(data.val, unseen, device)]
+    found = torch.cat([transformers.blocks(backbone.body, backbone.normalised(part))[:, :, 1] for part in parts], 1)
+    ranks = [transformers.feature_rank(own) for own in found]
+    return {"blocks": ranks, "images": found.shape[1], "unseen": len(unseen), "width": found.shape[2]}
+
+
+def rare(data: Data, images: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of training images of few classes, and rows of validation where these are not enough."""
+    few, random = groups(data.counts)[0]["few"], np.random.default_rng(0)
+    known = [np.flatnonzero(np.isin(split.target, few) | (len(few) == 0)) for split in (data.train, data.val)]
+    seen, unseen = (random.permutation(rows) for rows in known)
+    return np.sort(seen[:images]), np.sort(unseen[: max(0, images - len(seen))])
+
+
+def told(found: Mapping[str, Any]) -> list[str]:
+    """The measures as lines."""
+    lines = ["training images              teacher: accuracy %   entropy (nats)   distance of the tokens (1 - cosine)"]
+    for name, own in found["views"].items():
+        distance = f"{own['token_distance']:.3f}" if "token_distance" in own else "-"
+        lines.append(f"  {name:26} {100 * own['teacher_accuracy']:19.1f} {own['teacher_entropy']:16.3f} {distance:>24}")
+    for number, heads in enumerate(found["attention"]["blocks"], 1):
+        shown = " ".join(f"{value:.1f}" for value in heads)
+        lines.append(f"attention distance of the heads of block {number} (pixels): {shown}")
+    rank = found["rank"]
+    images, most = rank["images"], f", so at most {rank['images'] - 1}" if rank["images"] <= rank["width"] else ""
+    unseen = f" ({rank['unseen']} of validation)" if rank["unseen"] else ""
+    shown = " ".join(map(str, rank["blocks"]))
+    return [*lines, f"rank of the distillation token after each block, {images} images of few classes{unseen}{most}: "
+            f"{shown}"]  # fmt: skip
 
 
 def chunks(split: Split, rows: np.ndarray, device: torch.device) -> Iterator[Tensor]:
@@ -129,12 +164,12 @@ def views(
     targets = torch.as_tensor(split.target[rows]).to(device).split(CHUNK)
     for images, target in zip(chunks(split, rows, device), targets, strict=True):
         strong = view(images, generator)
-        found = {"as they are": (images, target), "augmented": (strong, target)}
+        found = {PLAIN: (images, target), STRONG: (strong, target)}
         if own:
-            found["augmented for the teacher"] = (own(images, generator), target)
+            found[TEACHER] = (own(images, generator), target)
         if before:
             mixed, other, weight = build.function("mixing", before)(strong, target, counts, generator)
-            found["augmented and mixed"] = (mixed, torch.where(weight >= 0.5, target, other))
+            found[MIXED] = (mixed, torch.where(weight >= 0.5, target, other))
         yield found
 
 

@@ -26,8 +26,9 @@ class Parts:
     """What a method is built from.  Factories, because a method may want several backbones or heads.
 
     `loss(logits [B,C], target [B], counts [C], features [B,D]) -> [B]`; `weight` is [C] or None; `teacher` is frozen,
-    in eval mode, and None where the method only predicts.  layer: where inside the network a mixed batch is mixed, or
-    None when its images are mixed already.  batch: images of a step, of all workers.
+    in eval mode, and None where the method only predicts; teacher_scale: what its own loss multiplies its logits by.
+    layer: where inside the network a mixed batch is mixed, or None when its images are mixed already.  batch: images of
+    a step, of all workers.
     """
 
     backbone: Callable[[], nn.Module]
@@ -36,6 +37,7 @@ class Parts:
     weight: Tensor | None
     counts: Tensor
     teacher: nn.Module | None = None
+    teacher_scale: float = 1.0
     layer: str | None = None
     batch: int = 1
 
@@ -56,6 +58,13 @@ class Batch:
     mixed: Tensor | None = None
     weight: Tensor | None = None
     partner: Tensor | None = None
+
+    @property
+    def main(self) -> Tensor:
+        """The target [B] that has the larger share of each image."""
+        if self.mixed is None or self.weight is None:
+            return self.target
+        return torch.where(self.weight >= 0.5, self.target, self.mixed)
 
 
 @dataclass

@@ -28,8 +28,8 @@ class Settings:
 
     trials: proposals in all.  start: presets that are proposed first.  warm: folders of other runs to learn from.
     ahead: proposals drawn in advance to begin with what is trained already.  finalists: recipes that are trained again
-    with other seeds at the end.  cpus, gpus: per worker process.
-    concurrent: trials at once, 0 for as many as fit.
+    with other seeds at the end.  ablate: whether the best recipe is trained with each of its choices set back.
+    cpus, gpus: per worker process.  concurrent: trials at once, 0 for as many as fit.
     """
 
     run: str
@@ -42,6 +42,7 @@ class Settings:
     warm: tuple[str, ...] = ()
     ahead: int = 0
     finalists: int = 0
+    ablate: bool = False
     workers: int = 1
     cpus: int = 1
     gpus: float = 0.0

@@ -28,6 +28,9 @@ TAUS: Floats = np.arange(-5, 26) / 10
 HOTTEST = 100.0
 """Temperatures are fitted between 1 / HOTTEST (cosine heads give logits within [-1, 1]) and HOTTEST."""
 
+RANGES = {10: (3, 7), 100: (36, 71), 1000: (390, 835), 8142: (842, 4543)}
+"""By the number of classes, where medium and few begin in the rule "deit_lt"."""
+
 SUMMARY = (
     *("accuracy", "balanced", *GROUPS, "worst_decile", "nll", "balanced_nll", "ece"),
     *("tau", "temperature", "fitted_nll", "fitted_accuracy", "fitted_balanced", *(f"fitted_{name}" for name in GROUPS)),
@@ -41,17 +44,23 @@ def groups(counts: ArrayLike, rule: str = "auto") -> tuple[dict[str, Indices], s
 
     rule "shots": many > 100 training images, 20 <= medium <= 100, few < 20 (Kang et al. 2020; OLTR counts 20 as few
     and 100 as many).  "quantile": thirds of the classes by frequency; two classes are one many and one few.
-    "auto": shots, unless that leaves a group empty.  Raises ValueError for another rule.
+    "deit_lt": ranges of the classes by frequency, as DeiT-LT (CVPR 2024) has them for 10, 100 (36, 35 and 29 classes),
+    1000 and 8142 classes.  "auto": shots, unless that leaves a group empty.
+    Raises ValueError for another rule, and where the rule has no ranges.
     """
     n = np.asarray(counts)
-    if rule not in ("auto", "shots", "quantile"):
-        raise ValueError(f"unknown group rule {rule!r}: known: auto, shots, quantile")
+    if rule not in ("auto", "shots", "quantile", "deit_lt"):
+        raise ValueError(f"unknown group rule {rule!r}: known: auto, shots, quantile, deit_lt")
+    if rule == "deit_lt" and len(n) not in RANGES:
+        raise ValueError(f"the group rule deit_lt is for {', '.join(map(str, RANGES))} classes, not {len(n)}")
     member = np.where(n > 100, 0, np.where(n >= 20, 1, 2))
     if rule == "auto":
         rule = "shots" if len(np.unique(member)) == len(GROUPS) else "quantile"
+    rank = np.argsort(np.argsort(-n, kind="stable"), kind="stable")
     if rule == "quantile":
-        rank = np.argsort(np.argsort(-n, kind="stable"), kind="stable")
         member = (3 * (2 * rank + 1)) // (2 * max(len(n), 1))
+    elif rule == "deit_lt":
+        member = np.searchsorted(RANGES[len(n)], rank, side="right")
     return {name: np.flatnonzero(member == position) for position, name in enumerate(GROUPS)}, rule
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def rank() -> int:
@@ -48,6 +49,14 @@ class _Gather(torch.autograd.Function):
 def all_sum(x: Tensor) -> Tensor:
     """The sum of `x` over the workers, with gradient; the same shape everywhere."""
     return _AllSum.apply(x) if world() > 1 else x
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean of `x` [B, ...] over the images of all workers, who may have different numbers of them.
+
+    It is a worker's part of that mean times the number of workers: their average is the mean, and so is its gradient.
+    """
+    return x.sum(0) * world() / all_sum(x.new_tensor(len(x)))
 
 
 def gather(x: Tensor) -> Tensor:
@@ -163,6 +172,20 @@ def synchronised(module: nn.Module) -> nn.Module:
                 # another class for the same object: its parameters, buffers and hooks stay who they are
                 part.__class__ = SynchronisedBatchNorm  # type: ignore[assignment]
     return module
+
+
+def together(module: nn.Module) -> nn.Module:
+    """The module with its gradients averaged over the workers; with one worker, the module itself.
+
+    Weights and buffers are sent around here, and buffers never again: statistics that see the images of all workers
+    and queues that take them are computed alike by each of them.  Buffers of another kind become each worker's own,
+    and the first worker's are stored.
+    """
+    if world() == 1:
+        return module
+    model = DistributedDataParallel(module)
+    model.broadcast_buffers = False  # as a keyword it would leave out the first time, too
+    return model
 
 
 def agreed(value: Any) -> Any:

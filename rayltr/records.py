@@ -169,6 +169,21 @@ def read_epochs(folder: str | os.PathLike) -> pa.Table:
     return _read_table(within(folder, "records/epochs.parquet"), EPOCHS)
 
 
+def write_inspected(folder: str | os.PathLike, trial: str, found: Mapping[str, Any]) -> None:
+    """Write what `rayltr.inspect` measured of a trial."""
+    save(within(folder, f"inspected/{trial}.json"), json.dumps(found, indent=1).encode())
+
+
+def read_inspected(folder: str | os.PathLike, trial: str) -> dict[str, Any] | None:
+    """The same, read; None where there is nothing that can be read."""
+    system, place = filesystem(within(folder, f"inspected/{trial}.json"))
+    try:
+        with system.open_input_stream(place) as stream:
+            return json.loads(stream.read())
+    except (OSError, ValueError):
+        return None
+
+
 def append_epochs(folder: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
     """Add rows to the table of epochs; rows of the same trials that are there already are replaced."""
     table, old = pa.Table.from_pylist(list(rows), schema=EPOCHS), read_epochs(folder)

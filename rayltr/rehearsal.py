@@ -1,6 +1,7 @@
 """One step of every stage of a chain: what cannot be trained is found before the first epoch, and what memory it takes.
 
-A few real images and the loop itself, so nothing that a training would meet is described twice.
+A few real images and the loop itself, so nothing that a training would meet is described twice.  Where memory is
+measured they are all there, because some methods hold a row for every image.
 """
 
 from contextlib import suppress
@@ -25,10 +26,11 @@ PROBED = 4
 """Random points of a study whose memory is measured; the largest counts."""
 
 
-def rehearse(stage: Stage, resources: Resources) -> None:
+def rehearse(stage: Stage, resources: Resources, *, whole: bool = False) -> None:
     """Trains every stage of a chain for one step and predicts; nothing is kept.
 
-    Raises what the training would raise at its first step: ValueError for values that cannot be.
+    whole: methods are made for all training images, and see one batch of them; else for a batch.  Raises what the
+    training would raise at its first step: ValueError for values that cannot be.
     """
     sources: dict[Any, Data] = {}
     states: dict[Stage, State] = {}
@@ -36,7 +38,9 @@ def rehearse(stage: Stage, resources: Resources) -> None:
         if own.source not in sources:
             sources[own.source] = load(own.source)
         given = {role: states[parent] for role, parent in parents(own).items()}
-        states[own], _ = train(own, given, data=sample(sources[own.source], own.batch), resources=resources)
+        data = sources[own.source]
+        few = replace(data, val=spread(data.val, IMAGES)) if whole else sample(data, own.batch)
+        states[own], _ = train(own, given, data=few, resources=resources, most=1)
 
 
 def sample(data: Data, batch: int) -> Data:
@@ -59,7 +63,7 @@ def peak(settings: Any) -> tuple[int, int]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         with suppress(Diverged):
-            rehearse(settings.plan.stage(study, point), Resources(threads=settings.cpus))
+            rehearse(settings.plan.stage(study, point), Resources(threads=settings.cpus), whole=True)
         most = max(most, torch.cuda.max_memory_reserved(device))
     return most + total - free, total
 

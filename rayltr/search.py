@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from rayltr import command, objectives, records, studies
+from rayltr.ablation import set_back
 from rayltr.catalogue import names, nearest
-from rayltr.choice import SEEDS, finalists, repeated
+from rayltr.choice import SEEDS, finalists
 from rayltr.command import FAILED, INTERRUPTED, PROBE, Refused
 from rayltr.data.images import cpus
 from rayltr.progress import Progress
@@ -29,7 +30,7 @@ EPOCHS = 20
 MANY, LONG = 18, 45
 """From so many trials of so many epochs on, short schedules decide which recipes are trained in full."""
 FIDELITY = (
-    "schedules: every recipe trains on a complete schedule of a ninth of --epochs, the best of each nine in full; "
+    "schedules: every recipe trains on a complete schedule of a ninth of --epochs, the best ninth in full; "
     "halving: two such steps, of a third each; curves: beginnings of full schedules, where the study allows it; none: "
     f"all in full (default: schedules from {MANY} trials of {LONG} epochs on)"
 )
@@ -58,6 +59,8 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--fidelity", choices=("auto", *studies.FIDELITIES), default="auto", help=FIDELITY)
     group.add_argument("--finalists", type=int, default=0, metavar="K",
                        help=f"train the best K (and the best control) with {SEEDS} more seeds (default 0)")  # fmt: skip
+    group.add_argument("--ablate", action="store_true",
+                       help="train the best recipe with each of its choices set back, one at a time")  # fmt: skip
     group.add_argument("--start", metavar="PRESET,...", help="presets to try first (default: the first of the study)")
     group.add_argument(
         "--warm-start", nargs="+", default=[], metavar="RUN", help="learn from the records of other runs"
@@ -137,6 +140,8 @@ def asked(options: argparse.Namespace) -> tuple[Study, Plan]:
             )
     for rung in studies.rungs(plan, options.fidelity):
         checked(study, rung)
+    if options.ablate:
+        ablatable(study, plan)
     return study, plan
 
 
@@ -160,6 +165,26 @@ def checked(study: Study, plan: Plan) -> None:
                                      "one name has one range")  # fmt: skip
     for params in study.presets.values():
         plan.stage(study, {"arm": studies.STUDY, **params})
+
+
+def ablatable(study: Study, plan: Plan) -> None:
+    """Sets back every choice of random points and presets.  Raises ValueError where that gives no chain."""
+    points, asked = [{"arm": studies.STUDY, **params} for params in study.presets.values()], set[str]()
+    for seed in range(CHECKED):
+        trial = RandomTrial(seed)
+        study.space(trial)
+        points.append({"arm": studies.STUDY, **trial.asked})
+    for params in points:
+        asked |= params.keys()
+        for changed in set_back(study, params).values():
+            plan.stage(study, changed)
+    if not study.plain:
+        raise ValueError(f"--ablate: the study {study.name} does not say which values of its choices are plain; "
+                         'give its file PLAIN = {"mixing": "none", ...}')  # fmt: skip
+    if unknown := [name for name in study.plain if name not in asked]:
+        raise ValueError(
+            f"--ablate: PLAIN of the study {study.name} has {unknown[0]!r}, for which its space never asks"
+        )
 
 
 def room(options: argparse.Namespace) -> None:
@@ -213,12 +238,14 @@ def begin(run: Path, options: Any, study: Study, settled: Mapping, data: Any, ar
 
 
 def counted(run: Path, options: argparse.Namespace) -> tuple[int, int]:
-    """How many recipes of a run are over, and how many its command asks for; with finalists once they are known."""
+    """How many recipes of a run are over, and how many its command asks for; with finalists and the ablation."""
     rows = [row for row in records.read_trials(run).to_pylist() if row["state"] != "interrupted"]
-    ended, again = len({row["number"] for row in rows}), sum(repeated(row) for row in rows)
+    ended, over = len({row["number"] for row in rows}), {row["trial"] for row in rows}
     if ended < options.trials:
         return ended, options.trials
-    return ended + again, ended + SEEDS * len(finalists(rows, options.finalists))
+    again = {f"{row['trial']}+{seed + 1}" for row in finalists(rows, options.finalists) for seed in range(SEEDS)}
+    again |= set(records.read_run(run).get("ablation", ["not begun"])) if options.ablate else set()
+    return ended + len(again & over), ended + len(again)
 
 
 def searched(run: Path, new: bool, options: Any, plan: Plan, aims: tuple[str, ...], progress: Progress) -> bool:
@@ -227,7 +254,7 @@ def searched(run: Path, new: bool, options: Any, plan: Plan, aims: tuple[str, ..
     settings = tuning.Settings(
         run=str(run), plan=plan, trials=options.trials, objectives=aims, sampler=options.sampler,
         fidelity=options.fidelity, start=presets(options), warm=tuple(options.warm_start),
-        ahead=AHEAD * options.prefer_stored, finalists=options.finalists,
+        ahead=AHEAD * options.prefer_stored, finalists=options.finalists, ablate=options.ablate,
         workers=options.workers, cpus=options.cpus_per_trial,
         gpus={None: -1.0, "auto": PROBE}.get(options.gpus_per_trial, options.gpus_per_trial),
         concurrent=options.concurrent, address=options.address, dashboard=not options.no_dashboard,

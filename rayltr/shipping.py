@@ -79,7 +79,7 @@ def headed_form(found: Finished, model: Headed) -> tuple[dict[str, Any], dict[st
     """The weights of the whole method that predict; the recipe says what they belong to."""
     own = model.method.state_dict()
     kept = model.method.keep() if hasattr(model.method, "keep") else own  # type: ignore[operator]
-    form = {"architecture": f"rayltr/{found.stage.method.name}", "head": model.head}
+    form = {"architecture": f"rayltr/{found.stage.method.name}", "head": model.head, "weights": dict(model.weights)}
     return {**form, **common(found)}, {name: own[name] for name in kept}
 
 
@@ -88,7 +88,7 @@ def two_token_form(found: Finished, model: Headed) -> tuple[dict[str, Any], dict
 
     None for another head, and where the network resizes the images, which timm's does not.
     """
-    own = getattr(model.method, "as_timm", lambda: None)() if model.head == "main" else None
+    own = getattr(model.method, "as_timm", lambda: None)() if model.weights == {"main": 1.0} else None
     if own is None or found.facts.size != (own[1]["img_size"],) * 2:
         return None
     name, sides, weights = own
@@ -160,7 +160,7 @@ def whole(config: Mapping[str, Any], weights: dict[str, Tensor]) -> nn.Module:
     method = build.method(stage.but(backbone=stage.backbone.but(pretrained=None)), facts)
     build.adopt(method, State(weights, {}, 0, tuple(weights)), again=True)
     adjustment = Adjustment(posthoc["tau"], posthoc["temperature"], counts, np.asarray(posthoc["bias"]))
-    return Headed(method, config["head"], adjustment)
+    return Headed(method, config["head"], adjustment, config.get("weights"))
 
 
 def onnx(out: Path, model: nn.Module, size: tuple[int, int]) -> Path:

@@ -3,7 +3,8 @@
 `<root>/<line>/000120.safetensors` holds the tensors of a stage at epoch 120 and `000120.json`, written last, makes
 them count: it carries the stage, a checksum and the history.  `000037.snapshot.json` marks a stop on the way, which
 the next one replaces.  `000120.rows0.safetensors` holds what the first worker has of tensors that workers share by
-rows; any number of workers may go on from them.  `000120.val.parquet` holds predictions.  Nothing is ever unpickled.
+rows; any number of workers may go on from them.  `000120.val.parquet` holds predictions.  Tensors that no note speaks
+of go at the next write.  Nothing is ever unpickled.
 """
 
 import contextlib
@@ -11,8 +12,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +30,9 @@ from rayltr.records import filesystem, put
 from rayltr.spec import Stage, dump, end, line, start
 
 log = logging.getLogger(__name__)
+
+TENSORS = re.compile(r"(\d{6}(?:\.snapshot)?)(?:\.rows\d+)?\.safetensors")
+"""The names of files of tensors, and what they have in common with the note that makes them count."""
 
 
 class Store:
@@ -117,13 +122,20 @@ class Store:
         base = self._base(stage, state.epoch, partial)
         self.files.create_dir(f"{self.root}/{line(stage)}", recursive=True)
         put(self.files, f"{base}.safetensors", body)
+        self._clear(base, {f"{os.path.basename(base)}.safetensors", *(shard["file"] for shard in shards)})
         put(self.files, f"{base}.json", json.dumps(note, indent=1).encode())
-        for path in self._rows_of(base):  # more workers may have died here
-            if os.path.basename(path) not in [shard["file"] for shard in shards]:
-                self.files.delete_file(path)
         for epoch, old in self.epochs(stage):
             if old and (epoch, old) != (state.epoch, partial):
                 self._remove(stage, epoch, old)
+
+    def _clear(self, base: str, own: Container[str]) -> None:
+        """Removes what no note speaks of, because workers died before it was written; `own`: files that one will."""
+        files = self.files.get_file_info(arrow.FileSelector(os.path.dirname(base)))
+        notes = {info.base_name for info in files} - {f"{os.path.basename(base)}.json"}
+        for info in files:
+            found = TENSORS.fullmatch(info.base_name)
+            if found and f"{found[1]}.json" not in notes and info.base_name not in own:
+                self.files.delete_file(info.path)
 
     def _base(self, stage: Stage, epoch: int, partial: bool) -> str:
         return f"{self.root}/{line(stage)}/{epoch:06d}{'.snapshot' if partial else ''}"

@@ -4,7 +4,7 @@ import csv
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -41,8 +41,9 @@ class Study:
 
     control: the plain baseline, tuned like the rest.  presets: named points of the space.  chains: named chains that
     lie outside it, such as a recipe for much larger images.  published: what the literature reports for either, by
-    the column of the table beside the study (see `reported`).  curves: whether
-    the beginnings of its schedules rank its recipes fairly (`CURVES = True` in the file).
+    the column of the table beside the study (see `reported`).  curves: whether the beginnings of its schedules rank
+    its recipes fairly (`CURVES = True` in the file).  plain: the value of a choice that leaves its trick out, by the
+    name of its parameter (`PLAIN` in the file); an ablation sets them back one at a time.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Study:
     published: Mapping[str, Mapping[str, str]]
     file: Path
     curves: bool = False
+    plain: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, trial: Trial) -> Stage:
         """The chain of a trial of either arm."""
@@ -122,11 +124,14 @@ def _study(module: ModuleType, name: str) -> Study:
         paper = {"paper": paper}
     presets = {key: value for key, value in paper.items() if isinstance(value, Mapping)}
     chains = {key: sound(value, f"the study {name}") for key, value in paper.items() if isinstance(value, Stage)}
+    plain = getattr(module, "PLAIN", {})
+    if not isinstance(plain, Mapping):
+        raise ValueError(f"PLAIN of the study {name} is a dict of parameters, not {plain!r}")
     control = getattr(module, "control", apart)
     assert module.__file__ is not None
     file = Path(module.__file__)
     return Study(name, module.space, control, presets, chains, reported(file.with_suffix(".csv")), file,
-                 bool(getattr(module, "CURVES", False)))  # fmt: skip
+                 bool(getattr(module, "CURVES", False)), plain)  # fmt: skip
 
 
 def reported(table: Path) -> dict[str, dict[str, str]]:

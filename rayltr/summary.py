@@ -14,7 +14,7 @@ from analysis import fidelity
 from analysis.load import load
 from analysis.pareto import front
 from rayltr import records
-from rayltr.choice import best, repeated, score
+from rayltr.choice import ablated, best, repeated, score
 from rayltr.progress import Progress, described
 
 HEADS = ("balanced", "many", "medium", "few")
@@ -34,8 +34,8 @@ def finished(run: Path, progress: Progress, before: Collection[str]) -> int:
         progress.say("\n".join(map(agreed, rungs)))
     if chosen:
         progress.say(f"\n{table(chosen)}\n\n{front_table(run)}\n")
-    if seeds := finalists_table(rows):
-        progress.say(f"{seeds}\n")
+    for more in filter(None, (finalists_table(rows), ablation_table(rows))):
+        progress.say(f"{more}\n")
     run = Path(os.path.relpath(run)) if run.is_relative_to(Path.cwd()) else run
     report = import_module("analysis.report").write(run)  # plotly, only now that there is something to draw
     progress.say(f"report: {report}")
@@ -85,7 +85,7 @@ def finalists_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Mean and standard deviation of the balanced accuracy of every finalist over its fresh seeds; "" without any."""
     seeds: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        if repeated(row) and row["state"] == "complete":
+        if repeated(row) and not ablated(row) and row["state"] == "complete":
             seeds.setdefault(row["trial"].partition("+")[0], []).append(row)
     lines = []
     for trial, own in seeds.items():
@@ -94,6 +94,20 @@ def finalists_table(rows: Sequence[Mapping[str, Any]]) -> str:
         known = [value for value in test if value is not None]
         lines.append(f"{trial:10}{len(own):7}{spread(val):>18}{spread(known):>18}")
     head = f"finalists  seeds{'validation':>18}{'test':>18}   % balanced, mean and s.d. over fresh seeds"
+    return "\n".join([head, *lines]) if lines else ""
+
+
+def ablation_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the winner loses with each of its choices set back, in points, on the same seed; "" without an ablation."""
+    done = {row["trial"]: row for row in rows if row["state"] == "complete"}
+    lines = []
+    for row in filter(ablated, done.values()):
+        whole = done.get(row["trial"].partition("-")[0])
+        names = [f"fitted_{head}" for head in HEADS]
+        lost = [100 * (score(row, name) - score(whole, name)) if whole else math.nan for name in names]
+        cells = "".join(f"{value:+15.1f}" for value in lost)
+        lines.append(f"{ablated(row)[:22]:22}{cells}")
+    head = f"{'ablation':22}{''.join(f'{name:>15}' for name in HEADS)}   points on validation, one choice set back"
     return "\n".join([head, *lines]) if lines else ""
 
 

@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from rayltr import build
 from rayltr.catalogue import complete
 from rayltr.data import Data, Split, load
+from rayltr.fused import fused
 from rayltr.interface import Batch, Diverged, Facts, Resources, State
-from rayltr.parallel import all_sum, rank, synchronised, world
+from rayltr.parallel import all_sum, rank, synchronised, together, world
 from rayltr.spec import Stage, end, start
 
 AHEAD = 4
@@ -46,11 +46,13 @@ def train(
     on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
     on_snapshot: Callable[[Callable[[], State]], None] = lambda make: None,
     splits: Iterable[str] = ("val",),
+    most: int | None = None,
 ) -> tuple[State, dict[str, dict[str, np.ndarray]]]:
     """Trains a stage to its end and predicts.
 
     parents: finished states by role (resume, init, teacher).  begun: a snapshot of this very stage to go on from.
     on_snapshot is called after every epoch but the last, with a function that makes the state if it is to be kept.
+    most: a rehearsal has no more steps in an epoch than that, and prepares with no more batches.
     Returns the final state and, for each split asked for, float32 logits [N,C] by head.  Raises `Diverged` when the
     loss is no finite number, and ValueError when a stage or a hand-over of weights cannot be.
     """
@@ -60,7 +62,7 @@ def train(
     module, optimiser = assembled(stage, facts(data), parents, begun, device)
     state = begun or parents.get("resume") or State({}, {}, start(stage))
     history = list(begun.history) if begun else []
-    run = epochs(stage, data, module, optimiser, state.epoch, device)
+    run = epochs(stage, data, module, optimiser, state.epoch, device, most)
     for record in run:
         history.append(record)
         if record["epoch"] < end(stage):
@@ -95,7 +97,13 @@ def assembled(
 
 
 def epochs(
-    stage: Stage, data: Data, module: nn.Module, optimiser: torch.optim.Optimizer, first: int, device: torch.device
+    stage: Stage,
+    data: Data,
+    module: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    first: int,
+    device: torch.device,
+    most: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """THE loop: trains the epochs from the clock `first` to the stage's end, yielding one record after each."""
     views = [build.function("views", view) for view in stage.views]
@@ -105,18 +113,18 @@ def epochs(
     schedule = build.function("schedule", stage.schedule)
     horizon = stage.horizon or end(stage)
     counts, targets = torch.as_tensor(data.counts), torch.as_tensor(data.train.target)
-    model: nn.Module = DistributedDataParallel(module) if world() > 1 and first < end(stage) else module
+    model = together(module) if first < end(stage) else module
     if hasattr(optimiser, "guard"):
         optimiser.guard(model)
     if first < end(stage) or not stage.epochs:
-        prepared(module, stage, data.train, device)
+        prepared(module, stage, data.train, device, most)
     for epoch in range(first, end(stage)):
         began, done = time.monotonic(), 0
         sums: dict[str, Tensor | float] = {}
         # Everything random of an epoch comes from (seed, epoch): where a run was cut or resumed changes no number.
         host, here = generators(stage.seed, epoch, device)
         indices = sampler(counts, targets, (epoch + 1) / horizon, host)
-        steps = max(1, len(indices) // stage.batch)
+        steps = len(range(max(1, len(indices) // stage.batch))[:most])
         module.train()
         if hasattr(module, "between"):
             module.between(epoch)  # type: ignore[operator]
@@ -139,7 +147,7 @@ def epochs(
                     found = model(batch)
                 loss = torch.stack([*found.values()]).sum()
                 loss.backward()
-                for name, value in found.items():
+                for name, value in (found | getattr(module, "measured", {})).items():
                     terms.setdefault(name, value.detach())  # of SAM's two passes, the first is at the weights
                 return loss
 
@@ -147,7 +155,8 @@ def epochs(
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value
         means = {name: float(all_sum(torch.as_tensor(total))) / (steps * world()) for name, total in sums.items()}
-        yield checked(epoch + 1, means, done, began)
+        beside = {name: means.pop(name) for name in getattr(module, "measured", {})}
+        yield checked(epoch + 1, means, done, began) | ({"measured": beside} if beside else {})
 
 
 def mixed(batch: Batch, mix: tuple[Tensor, Tensor, Tensor]) -> Batch:
@@ -158,14 +167,20 @@ def mixed(batch: Batch, mix: tuple[Tensor, Tensor, Tensor]) -> Batch:
     return Batch(views, batch.target[::k], batch.rows[::k], other, weight, getattr(mix, "partner", None))
 
 
-def prepared(module: nn.Module, stage: Stage, split: Split, device: torch.device) -> None:
-    """Shows the raw training images to a method that has `prepare`, each worker a share of them or what it wants."""
+def prepared(module: nn.Module, stage: Stage, split: Split, device: torch.device, most: int | None = None) -> None:
+    """Shows the training images to a method that has `prepare`, each worker a share of them or what it wants.
+
+    They are raw, or what the first view makes of them if the method is `augmented`.
+    """
     if hasattr(module, "prepare"):
         wanted = getattr(module, "wanted", lambda size, batch: torch.arange(rank(), size, world()).split(batch))
-        parts = wanted(len(split), stage.batch)
+        parts = wanted(len(split), stage.batch)[:most]
         loaded = zip(parts, taken(split, [rows.numpy() for rows in parts]), strict=True)
         target = torch.as_tensor(split.target).to(device)
         seen = ((rows.to(device), pixels(images, device), target[rows]) for rows, images in loaded)
+        if getattr(module, "augmented", False):
+            view, here = build.function("views", stage.views[0]), generators(stage.seed, 0, device)[1]
+            seen = ((rows, view(images, here), classes) for rows, images, classes in seen)
         with torch.no_grad(), arithmetic(stage.precision, device):
             module.prepare(seen, len(split))  # type: ignore[operator]
 
@@ -236,10 +251,12 @@ def predict(
     module.eval()
     parts = []
     rows = [np.arange(first, min(first + size, len(split))) for first in range(0, len(split), size)]
-    for images in taken(split, rows):
-        with arithmetic(precision, device):
-            found = module.predict(pixels(images, device))  # type: ignore[operator]
-        parts.append({head: z.float().cpu() for head, z in found.items()})
+    # BatchNorm stays by itself in fp32, so that no bit of those predictions depends on how they are made
+    with fused(module) if precision == "bf16" else nullcontext():
+        for images in taken(split, rows):
+            with arithmetic(precision, device):
+                found = module.predict(pixels(images, device))  # type: ignore[operator]
+            parts.append({head: z.float().cpu() for head, z in found.items()})
     return {head: torch.cat([part[head] for part in parts]).numpy() for head in parts[0]} if parts else {}
 
 

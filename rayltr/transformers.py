@@ -89,7 +89,8 @@ def blocks(network: TwoTokens, images: Tensor) -> Tensor:
 
 def token_distance(tokens: Tensor) -> Tensor:
     """1 - the mean cosine between the two tokens [B, 2, D] of an image; a scalar in 0..2."""
-    return 1 - F.cosine_similarity(tokens[:, 0], tokens[:, 1], dim=1).mean()
+    cls, dist = _wide(tokens).unbind(1)
+    return 1 - F.cosine_similarity(cls, dist, dim=1).mean()
 
 
 def attention_distance(attention: Tensor, grid: tuple[int, int], patch: int) -> Tensor:

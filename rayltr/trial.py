@@ -219,8 +219,9 @@ class Trial:
         rows = []
         for position, own in enumerate(chain(self.stage)):
             for record in self.store.history(self.names[own]):
-                where = {"stage": position, "epoch": record["epoch"], "split": "train", "wall_s": record["wall_s"]}
-                rows += [{**where, "metric": name, "value": value} for name, value in record["terms"].items()]
+                where = {"stage": position, "epoch": record["epoch"], "wall_s": record["wall_s"]}
+                for split, values in (("train", record["terms"]), ("measured", record.get("measured", {}))):
+                    rows += [{**where, "split": split, "metric": name, "value": v} for name, v in values.items()]
         return rows
 
 

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
@@ -153,7 +154,8 @@ def searched(settings: Settings, progress: Progress) -> bool:
     if settings.warm:
         progress.say(sampling.warm(proposals.study, space, settings.warm, settings.objectives, same(settings.run)))
     agenda = proposals.agenda(settings.fidelity, settings.ahead)
-    if agenda.finished() and not finalists.jobs(proposals, settings.finalists, seed) and not sealed(settings.run):
+    later = partial(finalists.left, proposals, seed, settings.finalists, settings.ablate)
+    if agenda.finished() and not later() and not sealed(settings.run):
         return True
     settings = placed(settings, progress)
     signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
@@ -161,7 +163,7 @@ def searched(settings: Settings, progress: Progress) -> bool:
     first = Ledger(settings, proposals, agenda, progress, Boards(settings.run))
     if not trained(settings, first, left):
         return False
-    more = finalists.jobs(proposals, settings.finalists, seed)
+    more = later()
     final = Ledger(settings, proposals, finalists.agenda(more), progress, Boards(settings.run))
     if more and (first.leaving or not trained(settings, final, len(more))):
         return False

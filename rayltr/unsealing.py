@@ -7,7 +7,7 @@ from typing import Any
 import ray
 
 from rayltr import records
-from rayltr.choice import best, repeated
+from rayltr.choice import ablated, best, repeated
 from rayltr.ledger import Settings
 from rayltr.progress import Progress
 
@@ -16,7 +16,8 @@ def sealed(run: str) -> list[dict[str, Any]]:
     """The trials that would be shipped, and finalists, that have not met the test split yet."""
     rows = records.read_trials(run).to_pylist()
     chosen = {row["trial"]: dict(row) for row in best(rows).values()}
-    chosen |= {row["trial"]: row for row in rows if repeated(row) and row["state"] == "complete"}
+    again = [row for row in rows if repeated(row) and not ablated(row)]
+    chosen |= {row["trial"]: row for row in again if row["state"] == "complete"}
     return [row for row in chosen.values() if not row["predictions_test"]]
 
 

@@ -3,8 +3,7 @@
 One trial is one chain: a recipe from start to end, or a plain first stage and what is done late in it or after it
 (other losses and weights, other samplers, a new classifier, a student).  First stages come from a short list, so that
 each is trained once for many trials; what follows is tuned finely.  Lengths are nominal epochs, 200 and with mixing
-400; `--epochs` scales a whole chain.  Over- and under-sampling are not proposed: they are class-balanced sampling in
-much longer or shorter epochs, which no comparison at equal epochs can be fair to.
+400.  Over- and under-sampling are not proposed: class-balanced sampling in longer or shorter epochs cannot be fair.
 """
 
 from typing import Any
@@ -15,6 +14,7 @@ from search_spaces.control import control as control
 
 SGD = {"lr": 0.1, "flip": 0.5, "schedule": "multistep"}
 WHOLE = {**SGD, "when": "whole", "mixing": "none", "loss": "cross_entropy", "reweight": False, "resample": False}
+PLAIN = {name: WHOLE[name] for name in ("when", "mixing", "loss", "reweight", "resample")} | {"first": "plain"}
 WEIGHTED, RESAMPLED = {**WHOLE, "reweight": True}, {**WHOLE, "resample": True}
 FIRST = {"flip": 0.5, "lr": 0.1, "first": "plain"}
 DRW = {**FIRST, "when": "reweighted", "loss": "cross_entropy"}

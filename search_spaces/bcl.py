@@ -8,14 +8,18 @@ two public ports of it differ.
 from typing import Any
 
 from rayltr.spec import Fn, Stage, Trial, fn
+from search_spaces.control import choose_sam
 
 GREY = (128, 128, 128)
 """What AutoAugment leaves empty on CIFAR, in the public programs."""
 EPOCHS = 200
-PLAIN = {"lr": 0.15, "weight_decay": 5e-4, "schedule": "multistep", "classifier": "linear", "tau": 1.0, "flip": 0.5,
-         "view": "autoaugment"}  # fmt: skip
+RECIPE = {"optimiser": "sgd", "lr": 0.15, "weight_decay": 5e-4, "schedule": "multistep", "classifier": "linear",
+          "tau": 1.0, "flip": 0.5, "view": "autoaugment"}  # fmt: skip
 BRANCH = {"contrastive": True, "ce": 2.0, "mu": 0.6, "temperature": 0.1, "variant": "L1", "complement": True,
           "blur": 0.0, "smallest": 0.08}  # fmt: skip
+
+PLAIN = {"contrastive": False, "view": "crop", "classifier": "linear", "complement": False, "optimiser": "sgd"}
+"""What each trick is where it is left out."""
 
 
 def space(trial: Trial) -> Stage:
@@ -29,7 +33,7 @@ def space(trial: Trial) -> Stage:
         method=choose_method(trial) if contrastive else fn("supervised"),
         loss=fn("logit_adjusted", tau=trial.suggest_float("tau", 0.5, 2.0)),
         head=choose_head(trial),
-        optimiser=choose_sgd(trial),
+        optimiser=choose_optimiser(trial),
         schedule=choose_schedule(trial),
         batch=256,
     )
@@ -63,12 +67,13 @@ def choose_other_view(trial: Trial, flip: float) -> Fn:
 
 def choose_head(trial: Trial) -> Fn:
     name = trial.suggest_categorical("classifier", ["linear", "cosine"])
-    return fn("cosine", scale=30.0) if name == "cosine" else fn("linear")
+    return fn("cosine", scale=trial.suggest_float("scale", 10.0, 40.0)) if name == "cosine" else fn("linear")
 
 
-def choose_sgd(trial: Trial) -> Fn:
+def choose_optimiser(trial: Trial) -> Fn:
     lr = trial.suggest_float("lr", 0.05, 0.4, log=True)
-    return fn("sgd", lr=lr, momentum=0.9, weight_decay=trial.suggest_float("weight_decay", 1e-4, 1e-3, log=True))
+    decay = trial.suggest_float("weight_decay", 1e-4, 1e-3, log=True)
+    return choose_sam(trial, lr=lr, momentum=0.9, weight_decay=decay)
 
 
 def choose_schedule(trial: Trial) -> Fn:
@@ -98,16 +103,20 @@ def small(epochs: int, lr: float, decay: float, batch: int = 256, gamma: float =
     )
 
 
-def large(model: str, epochs: int, lr: float = 0.1, decay: float = 5e-4, temperature: float = 0.07) -> Stage:
+SIM, RAND = fn("simaugment"), fn("simaugment", n=2)
+"""The contrastive views for photographs: with RandAugment after the colours ("randclsstack") or without."""
+
+
+def large(model: str, epochs: int, root: str = "imagenet_lt", lr: float = 0.1, decay: float = 5e-4,
+          others: tuple[Fn, Fn] = (SIM, SIM)) -> Stage:  # fmt: skip
     """A recipe for photographs; the folder is where the images are expected unless --data names another."""
-    rand = fn("simaugment", jitter=1.0, hue=0.0, grayscale=0.0, n=2)
     return Stage(
-        source=fn("folder", root="inaturalist" if decay < 5e-4 else "imagenet_lt"),
+        source=fn("folder", root=root),
         epochs=epochs,
-        views=(rand, fn("simaugment"), fn("simaugment")),
+        views=(fn("simaugment", jitter=1.0, hue=0.0, grayscale=0.0, n=2), *others),
         backbone=fn("torchvision", model=model),
         head=fn("cosine", scale=30.0),
-        method=fn("bcl", ce=1.0, contrast=0.35, temperature=temperature, hidden=2048, out=1024),
+        method=fn("bcl", ce=1.0, contrast=0.35, temperature=0.07, hidden=2048, out=1024),
         loss=fn("logit_adjusted"),
         optimiser=fn("sgd", lr=lr, momentum=0.9, weight_decay=decay),
         schedule=fn("cosine"),
@@ -116,16 +125,18 @@ def large(model: str, epochs: int, lr: float = 0.1, decay: float = 5e-4, tempera
 
 
 PAPER: dict[str, Any] = {
-    "paper": {**PLAIN, **BRANCH},
-    "compensation": {**PLAIN, "contrastive": False},
-    "port": {**PLAIN, **BRANCH, "lr": 0.3, "weight_decay": 2e-4},
-    "cosine_classifier": {**PLAIN, **BRANCH, "classifier": "cosine"},
-    "without_complement": {**PLAIN, **BRANCH, "complement": False},
+    "paper": {**RECIPE, **BRANCH},
+    "compensation": {**RECIPE, "contrastive": False},
+    "port": {**RECIPE, **BRANCH, "lr": 0.3, "weight_decay": 2e-4},
+    "cosine_classifier": {**RECIPE, **BRANCH, "classifier": "cosine", "scale": 30.0},
+    "without_complement": {**RECIPE, **BRANCH, "complement": False},
     "paper_400": small(400, 0.15, 5e-4),
     "port_400": small(400, 0.3, 2e-4),
     "other_port": small(200, 0.1, 2e-4, batch=128, gamma=0.01, scale=(0.2, 1.0), blur=0.5),
     "imagenet_lt": large("resnext50_32x4d", 90),
+    "imagenet_lt_sim_rand": large("resnext50_32x4d", 90, others=(RAND, SIM)),
+    "imagenet_lt_rand_rand": large("resnext50_32x4d", 90, others=(RAND, RAND)),
     "imagenet_lt_180": large("resnext50_32x4d", 180),
     "imagenet_lt_resnet50": large("resnet50", 90),
-    "inaturalist": large("resnet50", 100, lr=0.2, decay=1e-4),
+    "inaturalist": large("resnet50", 100, "inaturalist", lr=0.2, decay=1e-4),
 }

@@ -3,14 +3,20 @@
 from typing import Any
 
 from rayltr.spec import Fn, Stage, Trial, fn
+from search_spaces.control import choose_sam
 
 GREY = (128, 128, 128)
 """What AutoAugment leaves empty on CIFAR, in the public programs."""
 EPOCHS = 400
-COMMON = {"lr": 0.05, "flip": 0.5}
-SUPCON = {"family": "supcon", "lr": 0.4, "flip": 0.5, "temperature": 0.1, "q": 0.0, "classifier_lr": 0.1}
-PACO = {**COMMON, "family": "paco", "temperature": 0.05, "alpha": 0.01, "momentum": 0.999}
-GPACO = {**COMMON, "family": "gpaco", "temperature": 0.05, "alpha": 0.05, "smoothing": 0.0}
+COMMON = {"optimiser": "sgd", "flip": 0.5}
+SUPCON = {**COMMON, "family": "supcon", "lr": 0.4, "weight_decay": 1e-4, "temperature": 0.1, "q": 0.0,
+          "classifier_lr": 0.1}  # fmt: skip
+CENTRES = {**COMMON, "lr": 0.05, "weight_decay": 5e-4, "centre_temperature": 0.05}
+PACO = {**CENTRES, "family": "paco", "alpha": 0.01, "momentum": 0.999}
+GPACO = {**CENTRES, "family": "gpaco", "alpha": 0.05, "smoothing": 0.0}
+
+PLAIN = {"smoothing": 0.0, "optimiser": "sgd"}
+"""What each trick is where it is left out."""
 
 
 def space(trial: Trial) -> Stage:
@@ -25,10 +31,16 @@ def space(trial: Trial) -> Stage:
         epochs=EPOCHS,
         views=(fn("autoaugment", policy="cifar10", crop="padded", flip=flip, cutout=0.5, fill=GREY), simple(flip)),
         method=method,
-        optimiser=fn("sgd", lr=trial.suggest_float("lr", 0.01, 0.4, log=True), momentum=0.9, weight_decay=5e-4),
+        optimiser=choose_optimiser(trial),
         schedule=stepped(EPOCHS),
         batch=128,
     )
+
+
+def choose_optimiser(trial: Trial) -> Fn:
+    lr = trial.suggest_float("lr", 0.01, 0.4, log=True)
+    decay = trial.suggest_float("weight_decay", 1e-4, 1e-3, log=True)
+    return choose_sam(trial, lr=lr, momentum=0.9, weight_decay=decay)
 
 
 def simple(flip: float) -> Fn:
@@ -48,7 +60,7 @@ def features(trial: Trial, flip: float) -> Stage:
         epochs=EPOCHS - EPOCHS // 10,
         views=(simple(flip), simple(flip)),
         method=fn("supcon", temperature=trial.suggest_float("temperature", 0.03, 0.3, log=True)),
-        optimiser=fn("sgd", lr=trial.suggest_float("lr", 0.01, 0.4, log=True), momentum=0.9, weight_decay=1e-4),
+        optimiser=choose_optimiser(trial),
         schedule=fn("cosine", warmup=10 / EPOCHS),
         batch=256,
     )
@@ -70,7 +82,7 @@ def classified(trial: Trial, before: Stage) -> Stage:
 def choose_paco(trial: Trial) -> Fn:
     return fn(
         "paco",
-        temperature=trial.suggest_float("temperature", 0.03, 0.3, log=True),
+        temperature=trial.suggest_float("centre_temperature", 0.05, 0.3, log=True),
         alpha=trial.suggest_float("alpha", 0.005, 0.1, log=True),
         momentum=trial.suggest_categorical("momentum", [0.99, 0.999]),
     )
@@ -79,33 +91,42 @@ def choose_paco(trial: Trial) -> Fn:
 def choose_gpaco(trial: Trial) -> Fn:
     return fn(
         "gpaco",
-        temperature=trial.suggest_float("temperature", 0.03, 0.3, log=True),
+        temperature=trial.suggest_float("centre_temperature", 0.05, 0.3, log=True),
         alpha=trial.suggest_float("alpha", 0.005, 0.1, log=True),
         smoothing=trial.suggest_categorical("smoothing", [0.0, 0.1]),
     )
 
 
-def large(name: str, model: str, lr: float, temperature: float, alpha: float = 0.05, n: int = 0) -> Stage:
+def large(name: str, model: str, lr: float, temperature: float, n: int = 0, root: str = "imagenet_lt",
+          decay: float = 5e-4, library: str = "torchvision") -> Stage:  # fmt: skip
     """A recipe for photographs of 400 epochs; n: operations of RandAugment after the colours of view 1."""
     rand = fn("simaugment", n=n) if n else fn("simaugment", jitter=1.0, hue=0.0, grayscale=0.0, n=2)
-    keywords = {"alpha": alpha, "temperature": temperature, "queue": 8192, "out": 128}
+    keywords = {"alpha": 0.05, "temperature": temperature, "queue": 8192, "out": 128}
     return Stage(
-        source=fn("folder", root="imagenet_lt"),
+        source=fn("folder", root=root),
         epochs=400,
         views=(rand, fn("simaugment", scale=(0.2, 1.0), jitter=1.0, hue=0.0, blur=0.5)),
-        backbone=fn("torchvision", model=model),
+        backbone=fn(library, model=model),
         method=fn(name, **keywords),
-        optimiser=fn("sgd", lr=lr, momentum=0.9, weight_decay=5e-4),
+        optimiser=fn("sgd", lr=lr, momentum=0.9, weight_decay=decay),
         schedule=fn("cosine", warmup=10 / 400),
         batch=128,
     )
 
+
+X50, X101 = "resnext50_32x4d", "resnext101_32x4d"
+INAT: dict[str, Any] = {"root": "inaturalist", "decay": 1e-4}
 
 PAPER: dict[str, Any] = {
     "supcon": SUPCON,
     "paco": PACO,
     "gpaco": GPACO,
     "paco_imagenet_lt_resnet50": large("paco", "resnet50", 0.02, 0.2),
-    "paco_imagenet_lt": large("paco", "resnext50_32x4d", 0.02, 0.07, n=2),
+    "paco_imagenet_lt": large("paco", X50, 0.02, 0.07, n=2),
+    "paco_imagenet_lt_resnext101": large("paco", X101, 0.03, 0.2, n=3, library="timm"),
+    "paco_inaturalist": large("paco", "resnet50", 0.02, 0.2, **INAT),
     "gpaco_imagenet_lt_resnet50": large("gpaco", "resnet50", 0.04, 0.2, n=2),
+    "gpaco_imagenet_lt": large("gpaco", X50, 0.04, 0.2, n=2),
+    "gpaco_imagenet_lt_resnext101": large("gpaco", X101, 0.04, 0.2, n=3, library="timm"),
+    "gpaco_inaturalist": large("gpaco", "resnet50", 0.04, 0.2, n=2, **INAT),
 }

@@ -3,6 +3,8 @@
 A trick is worth its name when it beats this arm at the same number of epochs and trials of its own.
 """
 
+from typing import Any
+
 from rayltr.spec import Fn, Stage, Trial, fn
 
 
@@ -20,6 +22,17 @@ def control(trial: Trial) -> Stage:
 def choose_sgd(trial: Trial) -> Fn:
     lr = trial.suggest_categorical("lr", [0.05, 0.1])
     return fn("sgd", lr=lr, momentum=0.9, nesterov=True, weight_decay=2e-4)
+
+
+def choose_sam(trial: Trial, **keywords: Any) -> Fn:
+    """SGD with these keywords, or sharpness-aware minimisation around it, whose radius is larger where it adapts."""
+    name = trial.suggest_categorical("optimiser", ["sgd", "sam", "adaptive_sam"])
+    if name == "sgd":
+        return fn("sgd", **keywords)
+    if name == "sam":
+        return fn("sam", rho=trial.suggest_categorical("rho", [0.02, 0.05, 0.1, 0.2, 0.5, 1.0]), **keywords)
+    rho = trial.suggest_categorical("adaptive_rho", [0.2, 0.5, 1.0, 2.0, 4.0])
+    return fn("sam", rho=rho, adaptive=True, **keywords)
 
 
 def choose_view(trial: Trial) -> Fn:

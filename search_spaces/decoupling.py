@@ -15,6 +15,9 @@ SECOND = {"classifier_lr": 0.2, "num_samples_cls": 4, "stage2_bn": "train"}
 ROOTS = {"imagenet_lt": ("resnext50_32x4d", 5e-4, 10), "inaturalist": ("resnet50", 1e-4, 30)}
 """Of the sets of photographs: the network, the weight decay and the epochs of cRT."""
 
+PLAIN = {"classifier": "joint"}
+"""What each trick is where it is left out."""
+
 
 def space(trial: Trial) -> Stage:
     """The plain network, and one of the classifiers on top of it."""

@@ -18,10 +18,16 @@ SIZES = {"narrow": (192, 6, 3), "wide": (256, 6, 4), "tiny": (192, 12, 3), "smal
 STRONG = {"m": 9.0, "deviation": 0.5, "space": "timm_increasing", "fill": (124, 116, 104), "interpolation": "bicubic",
           "erase": 0.25}  # fmt: skip
 """What timm calls rand-m9-mstd0.5-inc1, and random erasing."""
+OWN = {**STRONG, "erase_own": True}
+"""The same for networks that are normalised by the data, not by ImageNet."""
 SMOOTH = fn("label_smoothing", epsilon=0.1)
 LATE = {"switch": SWITCH, "one_minus_beta": 1e-4, "mixing_late": False, "cls_loss": "plain"}
 SMALL = {"flip": 0.5, "teacher": "ldam", "rho": 0.8, "student": "tiny", "lr": 5e-4, "alpha": 0.5, "distil": "hard",
          "mixing": "both", "mixup_alpha": 0.8, "repeats": 3, "teacher_view": "same", **LATE}  # fmt: skip
+
+PLAIN = {"teacher": "ce", "rho": 0.0, "distil": "none", "mixing": "none", "mixing_late": False, "repeats": 1,
+         "cls_loss": "plain"}  # fmt: skip
+"""What each trick is where it is left out."""
 
 
 def space(trial: Trial) -> Stage:
@@ -50,15 +56,16 @@ def space(trial: Trial) -> Stage:
 def choose_method(trial: Trial, scale: float | None) -> Fn:
     """scale: what soft distillation multiplies cosines by."""
     alpha = trial.suggest_categorical("alpha", [0.3, 0.5, 0.7])
-    if trial.suggest_categorical("distil", ["hard", "soft"]) == "hard":
-        return fn("tokens", alpha=alpha)
+    distil = trial.suggest_categorical("distil", ["hard", "soft", "none"])
+    if distil != "soft":
+        return fn("tokens", alpha=alpha, distil=distil)
     temperature = trial.suggest_categorical("temperature", [1.0, 2.0, 3.0, 5.0])
     return fn("tokens", alpha=alpha, distil="soft", temperature=temperature, scale=scale, normalise="batch")
 
 
 def choose_views(trial: Trial, flip: float) -> tuple[Fn, ...]:
     """The student's strong view, and perhaps a weak one, like those that the teacher knows, for the teacher."""
-    views = (fn("randaugment", crop="padded", flip=flip, **STRONG), fn("flip_crop", flip=flip))
+    views = (fn("randaugment", crop="padded", flip=flip, **OWN), fn("flip_crop", flip=flip))
     return views[:1] if trial.suggest_categorical("teacher_view", ["same", "weak"]) == "same" else views
 
 
@@ -99,7 +106,7 @@ def cnn(name: str, rho: float, flip: float = 0.5, epochs: int = 200) -> Stage:
         horizon=epochs,
         views=(fn("flip_crop", flip=flip),),
         optimiser=flat(rho, 0.1, 2e-4),
-        schedule=fn("multistep", warmup=5 / 200, milestones=(0.8, 0.9), gamma=0.01),
+        schedule=fn("multistep", warmup=5 / 200, warmup_from=1 / 5, milestones=(0.8, 0.9), gamma=0.01),
         precision="bf16",
         **(margins if name == "ldam" else {}),
     )
@@ -147,7 +154,7 @@ def base(teacher: Stage, epochs: int, last: int, batch: int, lr: float, **other:
         "views": (fn("randaugment", crop="resized", size=224, **STRONG),),
         "mixing": BOTH,
         "sampler": fn("repeated"),
-        "backbone": fn("deit", size=224, patch=16, width=768, depth=12, heads=12),
+        "backbone": fn("deit", size=224, patch=16, width=768, depth=12, heads=12, imagenet=True),
         "method": fn("tokens"),
         **annealed(lr, epochs),
     }
@@ -200,7 +207,7 @@ def laptop() -> Stage:
         on(CIFAR, cnn("ldam", 0.1, epochs=10)),
         epochs=27,
         horizon=30,
-        views=(fn("randaugment", crop="padded", **STRONG),),
+        views=(fn("randaugment", crop="padded", **OWN),),
         mixing=BOTH,
         backbone=fn("deit", patch=8, width=192, depth=6, heads=3),
         method=fn("tokens"),

@@ -8,15 +8,18 @@ long one.  Lengths are nominal epochs; `--epochs` scales a whole chain.
 from typing import Any
 
 from rayltr.spec import Fn, Stage, Trial, fn
-from search_spaces.control import multistep
+from search_spaces.control import choose_sam, multistep
 
 STEPS = fn("multistep", warmup=5 / 200, milestones=(0.8, 0.9))
-SGD = {"lr": 0.1, "weight_decay": 5e-4, "schedule": "multistep", "flip": 0.5, "view": "turned"}
+SGD = {"optimiser": "sgd", "lr": 0.1, "weight_decay": 5e-4, "schedule": "multistep", "flip": 0.5, "view": "turned"}
 RIDE = {**SGD, "family": "ride", "gamma": 0.01, "reduced": True, "experts": 3, "diversity": -0.45, "scale": 30.0,
         "margin": 0.5, "switch": 0.8, "one_minus_beta": 1e-4, "tempered": 0.05, "routed": False}  # fmt: skip
 SADE = {**SGD, "family": "sade", "gamma": 0.1, "reduced": True, "scale": 30.0, "tau": 2.0}
 NCL = {**SGD, "family": "ncl", "gamma": 0.1, "weight_decay": 2e-4, "view": "autoaugment", "networks": 3, "hard": 0.3,
        "distil": 0.6, "contrast": 0.0}  # fmt: skip
+
+PLAIN = {"view": "turned", "diversity": 0.0, "routed": False, "contrast": 0.0, "optimiser": "sgd"}
+"""What each trick is where it is left out."""
 
 
 def space(trial: Trial) -> Stage:
@@ -33,7 +36,7 @@ def common(trial: Trial, steps: Fn, epochs: int, batch: int) -> Stage:
         source=fn("digits", ratio=20.0),
         epochs=epochs,
         views=(choose_view(trial),),
-        optimiser=sgd(lr, decay),
+        optimiser=choose_sam(trial, lr=lr, momentum=0.9, nesterov=True, weight_decay=decay),
         schedule=choose_schedule(trial, steps, epochs),
         batch=batch,
     )
@@ -72,7 +75,7 @@ def ride(trial: Trial) -> Stage:
     scale, margin = choose_scale(trial), trial.suggest_categorical("margin", [0.1, 0.3, 0.5, 0.7])
     diversity = trial.suggest_categorical("diversity", [-0.6, -0.45, -0.2, 0.0])
     first = plain.but(
-        epochs=round(plain.epochs * trial.suggest_categorical("switch", [0.6, 0.7, 0.8, 0.9])),
+        epochs=round(plain.epochs * trial.suggest_categorical("switch", [0.6, 0.7, 0.8, 0.9, 0.95])),
         horizon=plain.epochs,
         backbone=choose_backbone(trial),
         method=fn("ride", experts=trial.suggest_categorical("experts", [2, 3, 4, 6]), diversity=diversity),

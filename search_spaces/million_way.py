@@ -7,13 +7,16 @@ then.  The first stage comes from short lists, so that it is trained once for al
 
 from typing import Any
 
-from rayltr.spec import Fn, Stage, Trial, fn
+from rayltr.spec import FixedTrial, Fn, Stage, Trial, fn
 from search_spaces.ssd import distilled, rebalanced
 
 EPOCHS, LAST = 400, 40
 """Of the first stage, and of a classifier after it."""
 START = {"lr": 0.12, "flip": 0.5, "prior": True, "rate": 16.0, "smoothing": 0.2, "hardest": 10, "temperature": 0.15}
 FINE = {"fine_lr": 0.05, "fine_loss": "cross_entropy"}
+
+PLAIN = {"prior": False, "smoothing": 0.0, "fine_loss": "cross_entropy"}
+"""What each trick is where it is left out."""
 
 
 def space(trial: Trial) -> Stage:
@@ -91,6 +94,14 @@ def finetuned(trial: Trial, first: Stage) -> Stage:
     )
 
 
+def scratch(fine: Stage) -> Stage:
+    """What fine-tuning is compared with: the same from random weights, for the epochs of both stages."""
+    assert fine.init is not None
+    epochs = fine.init.epochs + fine.epochs
+    schedule = fn("cosine", warmup=5 / epochs)
+    return fine.but(epochs=epochs, init=None, method=fn("supervised"), schedule=schedule)
+
+
 def followed(trial: Trial, first: Stage) -> Stage:
     """The second and third stage of SSD: a re-balanced teacher, and a student from random weights."""
     fine = first.but(loss=fn("cross_entropy"))  # the classes are balanced afterwards
@@ -123,12 +134,18 @@ def photographs_probed(first: Stage, *, balanced: bool = False) -> Stage:
 
 
 SMALL = {**START, "use": "balanced", "probe_lr": 0.1}
+LINEAR = {**SMALL, "use": "linear"}
+BALANCED = {**START, **FINE, "fine_loss": "balanced_softmax", "use": "finetune"}
 
 PAPER: dict[str, Any] = {
     "small": SMALL,
-    "small_linear": {**SMALL, "use": "linear"},
+    "small_linear": LINEAR,
+    "small_linear_random": {**LINEAR, "prior": False},
+    "small_linear_hard": {name: value for name, value in LINEAR.items() if name != "hardest"} | {"smoothing": 0.0},
     "small_neighbours": {**START, "use": "neighbours", "k": 20},
     "small_finetune": {**START, **FINE, "use": "finetune"},
+    "small_finetune_balanced": BALANCED,
+    "small_scratch": scratch(space(FixedTrial(BALANCED))),
     "small_ssd": {**START, **FINE, "use": "ssd", "w_kd": 1.0},
     "paper": photographs_probed(photographs("imagenet", 1000, 1.0)),
     "imagenet_lt": photographs_probed(photographs("imagenet_lt", 1000, 1.0), balanced=True),

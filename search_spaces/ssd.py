@@ -8,7 +8,7 @@ in the distillation trains only what follows.  Lengths are nominal epochs; `--ep
 
 from typing import Any
 
-from rayltr.spec import Fn, Stage, Trial, fn
+from rayltr.spec import Fn, Stage, Trial, fn, mapped
 from search_spaces.control import choose_view
 from search_spaces.control import control as control
 
@@ -19,6 +19,9 @@ RELEASE = {"stage2_bn": "train", "teacher_bn": "batch", "stage4_head": "hard"}
 """What the paper says, and what the published program does."""
 POINT = {"lr": 0.1, "flip": 0.5, "self_task": "rotation", "w_rot": 1.0, "rebalance": "lws", "stage2_lr": 0.2,
          "stage2_decay": 5e-4, "kd_temperature": 2.0, "w_kd": 1.0, "stage4": True}  # fmt: skip
+
+PLAIN = {"stage4": False}
+"""What each trick is where it is left out."""
 
 
 def space(trial: Trial) -> Stage:
@@ -55,12 +58,13 @@ def learnt(trial: Trial) -> Stage:
 
 def choose_task(trial: Trial) -> Fn:
     task = trial.suggest_categorical("self_task", ["rotation", "instance", "both"])
-    rotation = trial.suggest_categorical("w_rot", [0.3, 1.0]) if task != "instance" else None
+    rotation = trial.suggest_categorical("w_rot", [0.1, 0.3, 1.0, 3.0]) if task != "instance" else None
     if task == "rotation":
         return fn("rotation", rotation=rotation)
-    contrast = trial.suggest_categorical("w_con", [0.3, 1.0])
-    temperature = trial.suggest_categorical("temperature", [0.1, 0.2])
-    return fn("instance", contrast=contrast, rotation=rotation, temperature=temperature)
+    contrast = trial.suggest_categorical("w_con", [0.1, 0.3, 1.0, 3.0])
+    temperature = trial.suggest_categorical("temperature", [0.07, 0.1, 0.2])
+    groups = trial.suggest_categorical("groups", [1, 4])
+    return fn("instance", contrast=contrast, rotation=rotation, temperature=temperature, groups=groups)
 
 
 def choose_distillation(trial: Trial) -> Fn:
@@ -101,6 +105,8 @@ def finished(student: Stage, chosen: str, epochs: int, optimiser: Fn, drift: boo
     return last.but(method=fn("student", chosen=chosen, drift=drift), teacher=None)
 
 
+GPUS = 8
+"""Of the published program, which shuffles keys among them."""
 QUERY = fn("simaugment", jitter=1.0, hue=0.0, grayscale=0.0)
 KEY = fn("simaugment", scale=(0.2, 1.0), blur=0.5)
 
@@ -112,7 +118,7 @@ def photographs(root: str, model: str, epochs: int, lr: float, decay: float, bat
         epochs=epochs,
         views=(QUERY, KEY),
         backbone=fn("torchvision", model=model),
-        method=fn("instance", queue=queue, groups=8),  # the published program shuffles keys among its GPUs
+        method=fn("instance", queue=queue, groups=GPUS),
         optimiser=sgd(lr, decay),
         schedule=fn("cosine"),
         batch=batch,
@@ -128,6 +134,12 @@ def followed(first: Stage, how: dict[str, str], *, stage4: bool = True) -> Stage
     return finished(student, how["stage4_head"], 5, last, drift, batch=512) if stage4 else student
 
 
+def walked(last: Stage) -> Stage:
+    """A chain whose balanced classes each of the GPUs draws for itself, from the images that it was dealt."""
+    walks = fn("class_aware", each=2, walks=GPUS)
+    return mapped(last, lambda own: own.but(sampler=walks) if own.sampler.name == walks.name else own)
+
+
 IMAGENET = photographs("imagenet_lt", "resnext50_32x4d", 135, 0.1, 5e-4, 256, None)
 RELEASED = IMAGENET.but(method=IMAGENET.method.but(queue_label_init=0))
 INATURALIST = photographs("inaturalist", "resnet50", 90, 0.2, 1e-4, 512, 65536)
@@ -136,8 +148,8 @@ PAPER: dict[str, Any] = {
     "paper": {**POINT, **CLEAN},
     "release": {**POINT, **RELEASE},
     "imagenet_lt": followed(IMAGENET, CLEAN),
-    "imagenet_lt_release": followed(RELEASED, RELEASE),
-    "imagenet_lt_release_student": followed(RELEASED, RELEASE, stage4=False),
+    "imagenet_lt_release": walked(followed(RELEASED, RELEASE)),
+    "imagenet_lt_release_student": walked(followed(RELEASED, RELEASE, stage4=False)),
     "inaturalist": followed(INATURALIST, CLEAN),
 }
 """Nothing is published of the recipes for CIFAR and iNaturalist but their results; those are proposals."""

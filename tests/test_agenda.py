@@ -94,17 +94,56 @@ def test_a_trial_that_lost_its_machine_is_repeated_beside_others():
     assert [(job.number, job.again) for job in (made.next(), made.next())] == [(0, False), (2, False)]
 
 
+def best_so_far(numbers, value, size):
+    """With every block, and with the rest, the best of all so far that was not taken."""
+    taken = []
+    for end in [*range(size, len(numbers), size), len(numbers)]:
+        taken.append(min((n for n in numbers[:end] if n not in taken), key=value.__getitem__))
+    return taken
+
+
 @pytest.mark.parametrize("concurrent", [1, 3])
-def test_the_best_of_each_block_is_promoted(concurrent):
+def test_with_each_block_the_best_so_far_is_promoted(concurrent):
     arms = {n: "control" for n in range(0, 20, 5)}
     value = {n: ((7 * n) % 20,) for n in range(20)}
     made = agenda([single(n) for n in range(20)], (4,), arms)
     order = drained(made, lambda job: value[job.number], concurrent)
-    study = [n for n in range(20) if n not in arms]
-    blocks = [study[i : i + 4] for i in range(0, 16, 4)] + [sorted(arms)]
-    expected = {min(block, key=value.__getitem__) for block in blocks}
-    assert {job.number for job in order if job.rung} == expected
+    study = best_so_far([n for n in range(20) if n not in arms], value, 4)
+    assert study == [3, 6, 9, 12], "9, the second of its block, comes before 12, the best of the next"
+    assert {job.number for job in order if job.rung} == {*study, *best_so_far(sorted(arms), value, 4)}
     assert len(order) == 20 + 5
+
+
+def test_a_good_block_sends_its_second_before_the_best_of_a_bad_one():
+    value = dict(enumerate([0, 1, 5, 7, 8, 9]))
+    order = drained(agenda([single(n) for n in range(6)], (3,)), lambda job: (value[job.number],))
+    assert [job.number for job in order if job.rung] == [0, 1]
+
+
+def test_the_same_recipe_is_promoted_once():
+    order = drained(agenda([single(0), single(0), single(2), single(3)], (2,)), lambda job: (float(job.number),))
+    assert [job.number for job in order if job.rung] == [0, 2]
+
+
+def test_nothing_is_promoted_before_a_proposal_that_a_crash_left_open():
+    made = agenda([single(n) for n in range(6)], (3,))
+    jobs = [made.next() for _ in range(4)]
+    resumed = agenda([single(1)], (3,))
+    for number in (0, 2, 3):
+        resumed.ended(jobs[number], (float(number),))
+    resumed.propose = lambda left=[jobs[1]]: left.pop() if left else None
+    assert resumed.next().number == 1, "0, 2 and 3 are three, but no block"
+    resumed.ended(jobs[1], (-1.0,))
+    assert resumed.next().trial == "0001.1"
+
+
+def test_what_comes_first_to_a_higher_rung_depends_on_no_machine():
+    """The blocks of the second rung are those of the promotions, not of their numbers or of when they ended."""
+    value = {n: (float(-n),) for n in range(12)}
+    for seed in range(8):
+        order = drained(agenda([single(n) for n in range(12)], (2, 2)), lambda job: value[job.number], 5, seed)
+        assert sorted(job.trial for job in order if job.rung == 1) == [f"{n:04d}.1" for n in (1, 3, 5, 7, 9, 11)]
+        assert sorted(job.trial for job in order if job.rung == 2) == ["0003.2", "0007.2", "0011.2"]
 
 
 def test_promotions_do_not_depend_on_the_order_in_which_trials_end():

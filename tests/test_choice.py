@@ -1,6 +1,6 @@
 import math
 
-from rayltr.choice import best, finalists, repeated, rung_of
+from rayltr.choice import ablated, best, finalists, repeated, rung_of
 
 
 def row(trial, balanced, many, few, nll=1.0, state="complete", arm="study"):
@@ -44,3 +44,9 @@ def test_finalists_are_what_would_be_shipped_then_the_best_on_balance_and_the_co
     for most, expected in ((0, ""), (1, "ac"), (3, "abdc"), (4, "abdec"), (9, "abdec")):
         assert "".join(found["trial"] for found in finalists(rows, most)) == expected
     assert finalists([row("a", 0.7, 0.7, 0.7, state="failed")], 3) == []
+
+
+def test_an_ablation_is_told_by_its_name_whatever_its_run_is_called():
+    told = {"0007": "", "0007.1+2": "", "0007+1-mixing": "mixing", "a+b-c/0007.1+1-tau-norm": "tau-norm", "a-b/7": ""}
+    assert {trial: ablated(row(trial, 0.5, 0.5, 0.5)) for trial in told} == told
+    assert best([CONTROL, row("0001", 0.6, 0.6, 0.6), row("0001+1-loss", 0.9, 0.9, 0.9)])["balanced"]["trial"] == "0001"

@@ -58,6 +58,7 @@ def test_the_last_epochs_have_hard_targets_and_class_weights(name):
 def test_photographs_are_mixed_to_the_end():
     last = stage_of("imagenet_lt")
     assert changed(last.resume, last) <= {"epochs", "resume", "weight"} and last.mixing
+    assert last.backbone.get("imagenet") and not last.views[0].get("erase_own")
     assert (last.resume.epochs, last.epochs, last.batch, last.optimiser.get("lr")) == (1200, 200, 2048, 5e-4)
 
 
@@ -80,6 +81,21 @@ def test_the_recipe_of_the_paper():
     assert first.schedule.get("warmup") == 5 / 1200 and first.schedule.get("final") == pytest.approx(0.04)
 
 
+@pytest.mark.parametrize("name", FOUND.named)
+def test_the_noise_of_erasing_is_normal_once_images_are_normalised(name):
+    """By ImageNet's statistics or by the data's, as the student has it."""
+    for stage in chain(stage_of(name)):
+        for view in stage.views:
+            if view.get("erase"):
+                assert bool(view.get("erase_own")) != bool(stage.backbone.get("imagenet"))
+
+
+def test_an_ablation_leaves_distillation_out():
+    trial = FixedTrial({**SMALL, "distil": "none"})
+    found = complete(FOUND.point(STUDY, trial))
+    assert found.method.get("distil") == found.resume.method.get("distil") == "none" and found.teacher
+
+
 def test_the_teachers_of_the_paper():
     last = stage_of("teacher_ldam")
     first = last.resume
@@ -89,7 +105,7 @@ def test_the_teachers_of_the_paper():
     assert last.weight == fn("effective_number", beta=0.9999)
     told = {"lr": 0.1, "rho": 0.8, "adaptive": False, "base": "sgd", "momentum": 0.9, "weight_decay": 2e-4}
     assert {name: first.optimiser.get(name) for name in told} == told
-    steps = {"warmup": 5 / 200, "milestones": (0.8, 0.9), "gamma": 0.01}
+    steps = {"warmup": 5 / 200, "warmup_from": 0.2, "milestones": (0.8, 0.9), "gamma": 0.01}
     assert {name: first.schedule.get(name) for name in steps} == steps
     slow = stage_of("teacher_paco")
     assert (slow.epochs, slow.optimiser.name, slow.optimiser.get("lr"), slow.method.get("queue")) == (

@@ -35,6 +35,7 @@ def test_the_study_in_the_readme_is_one(tmp_path, monkeypatch):
         "docs/cluster.md",
         "docs/million_way.md",
         "docs/results.md",
+        "docs/performance.md",
     ],
 )
 def test_links_lead_somewhere(name):

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 AXES = {"rayltr.views", "rayltr.samplers", "rayltr.mixing", "rayltr.backbones", "rayltr.heads", "rayltr.losses",
         "rayltr.optim", "rayltr.parallel", "rayltr.contrast", "rayltr.momentum", "rayltr.experts",
-        "rayltr.data"}  # fmt: skip
+        "rayltr.fused", "rayltr.data"}  # fmt: skip
 LAYERS = [
     {"rayltr.spec", "rayltr.records", "rayltr.metrics", "rayltr.choice", "rayltr.interface"},
     {"search_spaces", "analysis"},
@@ -16,7 +16,7 @@ LAYERS = [
     {"rayltr.transformers"},
     {"rayltr.objectives", "rayltr.studies", "rayltr.progress", "rayltr.agenda", "rayltr.boards", "rayltr.machines"},
     AXES,
-    {"rayltr.sharded", "rayltr.hardest"},
+    {"rayltr.sharded", "rayltr.hardest", "rayltr.ablation"},
     {"rayltr.command", "rayltr.methods", "rayltr.model_card"},
     {"rayltr.build"},
     {"rayltr.train", "rayltr.evaluate", "rayltr.store"},
@@ -29,6 +29,7 @@ LAYERS = [
     {"rayltr.tuning"},
     {"rayltr.summary"},
     {"rayltr.search", "rayltr.export", "rayltr.predict", "rayltr.prune", "rayltr.inspect", "rayltr.__main__"},
+    {"rayltr.adapt"},
 ]
 """From the bottom up.  A module imports from lower layers only; inside a package (data, analysis) it is free."""
 
@@ -43,7 +44,7 @@ ONLY = {
     "plotly": {"analysis"},
     "torch": AXES - {"rayltr.data"} | {f"rayltr.{name}" for name in (
         "interface", "methods", "build", "train", "rehearsal", "store", "folding", "shipping", "ensemble",
-        "cluster", "sharded", "hardest", "transformers", "inspect")},
+        "cluster", "sharded", "hardest", "transformers", "inspect", "adapt")},
 }  # fmt: skip
 
 

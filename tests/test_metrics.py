@@ -49,6 +49,21 @@ def test_group_limits_are_strict():
     assert [list(members) for members in found.values()] == [[0], [1, 2], [3, 4]]
 
 
+@pytest.mark.parametrize(("classes", "sizes"), [(10, [3, 4, 3]), (100, [36, 35, 29]), (1000, [390, 445, 165])])
+def test_published_ranges_are_of_the_classes_by_frequency(classes, sizes):
+    counts = np.random.default_rng(0).permutation(classes) + 5
+    found, rule = metrics.groups(counts, "deit_lt")
+    assert rule == "deit_lt" and [len(members) for members in found.values()] == sizes
+    order = np.argsort(-counts)
+    for members, own in zip(found.values(), np.split(order, np.cumsum(sizes)[:2]), strict=True):
+        assert set(members) == set(own)
+
+
+def test_published_ranges_are_for_the_published_numbers_of_classes():
+    with pytest.raises(ValueError, match="the group rule deit_lt is for 10, 100, 1000, 8142 classes, not 12"):
+        metrics.groups(np.arange(12), "deit_lt")
+
+
 def test_groups_fall_back_to_thirds_by_frequency():
     found, rule = metrics.groups([60, 500, 50, 400, 300, 200])  # no class below 20
     assert rule == "quantile"

@@ -1,5 +1,7 @@
 """The study million_way: every preset can be trained, every point of the space is a chain."""
 
+from dataclasses import replace
+
 import pytest
 
 from rayltr.interface import Resources
@@ -15,6 +17,9 @@ SMALL = Plan(
     batch=16,
     backbone=fn("resnet20", width=4),
 )
+
+
+ABLATED = {"small_linear_random": {"prior": False}, "small_linear_hard": {"smoothing": 0.0, "hardest": 100}}
 
 
 def stage_of(name, plan=SMALL):
@@ -40,8 +45,26 @@ def test_every_point_is_a_chain_that_begins_with_images_as_classes():
 
 def test_uses_share_the_first_stage():
     """At the length of the study, whatever follows; a shorter chain scales its stages with it."""
-    firsts = [chain(stage_of(name, Plan(study="million_way")))[0] for name in FOUND.presets]
-    assert len({line(first) for first in firsts}) == 1 and len(firsts) == 5
+    firsts = [chain(stage_of(name, Plan(study="million_way")))[0] for name in FOUND.presets if name not in ABLATED]
+    assert len({line(first) for first in firsts}) == 1 and len(firsts) == 6
+
+
+def test_what_is_left_out_of_the_first_stage_changes_nothing_else():
+    first, last = chain(stage_of("small_linear"))
+    for name, changes in ABLATED.items():
+        other, after = chain(stage_of(name))
+        assert other == first.but(method=first.method.but(**changes))
+        assert after == last.but(init=other)
+
+
+@pytest.mark.parametrize("epochs", [500, 40, 7])
+def test_training_from_scratch_takes_as_many_epochs_as_features_and_fine_tuning(epochs):
+    first, fine = chain(stage_of("small_finetune_balanced", replace(SMALL, epochs=epochs)))
+    alone = stage_of("small_scratch", replace(SMALL, epochs=epochs))
+    assert alone.epochs == first.epochs + fine.epochs == epochs and chain(alone) == [alone]
+    length = {"epochs": fine.epochs, "horizon": fine.horizon, "schedule": fine.schedule}
+    assert alone.but(**length, init=first, method=fine.method) == fine
+    assert not alone.method.get("fresh_head") and alone.loss.name == "balanced_softmax"
 
 
 def test_the_rest_of_ssd_is_a_teacher_of_these_features_and_a_student_of_random_weights():

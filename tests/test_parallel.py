@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from rayltr.optim import OPTIMISERS
-from rayltr.parallel import SynchronisedBatchNorm, all_sum, gather, rank, synchronised, world
+from rayltr.parallel import SynchronisedBatchNorm, all_sum, gather, rank, synchronised, together, world
 
 SLICES = [slice(0, 5), slice(5, 8)]  # how eight images are shared by two workers, unequally
 HALVES = [slice(0, 4), slice(4, 8)]
@@ -101,6 +101,18 @@ def bfloat16_case():
     return module(numbers(8, 3, 4, 2).bfloat16()).dtype
 
 
+def buffers_case(number):
+    """Buffers that differ at the start, and after a change by each worker a step."""
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).double().eval()
+    module[1].running_mean.fill_(number + 1.0)
+    model = together(module)
+    first = module[1].running_mean.clone()
+    module[1].running_mean.fill_(number + 5.0)
+    for _ in range(2):
+        model(numbers(4, 2)).sum().backward()
+    return first, module[1].running_mean
+
+
 def worker(number, folder):
     torch.set_num_threads(1)
     store = distributed.FileStore(f"{folder}/store", 2)
@@ -112,6 +124,7 @@ def worker(number, folder):
         "whole numbers": gather(torch.tensor([number, 7])),
         "norms": {name: norm_case(name, SLICES[number], synchronised) for name in NORMS},
         "bfloat16": bfloat16_case(),
+        "buffers": buffers_case(number),
     }
     for sync in (False, True):
         result["sam", sync] = sam_case(DistributedDataParallel(linear()), HALVES[number], sync)
@@ -131,7 +144,7 @@ def test_alone_everything_is_the_identity():
     x = torch.rand(3, requires_grad=True)
     assert all_sum(x) is x and gather(x) is x
     module = nn.Sequential(nn.BatchNorm1d(3))
-    assert synchronised(module) is module and type(module[0]) is nn.BatchNorm1d
+    assert synchronised(module) is module and type(module[0]) is nn.BatchNorm1d and together(module) is module
 
 
 def test_a_synchronised_norm_that_is_used_alone_is_an_ordinary_one():
@@ -139,6 +152,13 @@ def test_a_synchronised_norm_that_is_used_alone_is_an_ordinary_one():
     x = 5 + numbers(8, 3, 4, 2)
     torch.testing.assert_close(ours(x), theirs(x), **EXACT)
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), **EXACT)
+
+
+def test_buffers_are_sent_around_once(workers):
+    """At the start the first worker's are everybody's; a large queue must not travel before every step."""
+    for number, own in enumerate(workers):
+        first, last = own["buffers"]
+        assert first.tolist() == [1, 1] and last.tolist() == [number + 5] * 2
 
 
 def test_workers_know_their_place(workers):

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from rayltr import records
-from rayltr.choice import best
+from rayltr.choice import ablated, best
 
 SHORT = ["--data", "synthetic", "--ratio", "4", "--size", "8"]
 
@@ -43,6 +43,7 @@ def stage(epochs, resume):
                  backbone=fn("resnet20", width=4), optimiser=fn("sgd", lr=0.05), batch=16, resume=resume)
 
 EPOCHS_FIRST, EPOCHS_SECOND = 6, 4
+PLAIN = {"q": 1.0}
 """
 
 
@@ -210,14 +211,17 @@ def test_short_schedules_decide_and_a_trial_whose_process_dies_is_run_again(tmp_
 @pytest.mark.slow
 def test_finalists_are_trained_with_fresh_seeds_and_meet_the_test_split_once(study, tmp_path):
     words = ["search", study, "--trials", 3, "--epochs", 4, "--finalists", 1, "--storage", tmp_path, "--name", "run"]
-    process = rayltr(*words, "--no-dashboard")
+    process = rayltr(*words, "--no-dashboard", "--ablate")
     assert process.returncode == 0, process.stdout + process.stderr
     rows = {row["trial"]: row for row in records.read_trials(tmp_path / "run").to_pylist()}
-    again = [row for name, row in rows.items() if "+" in name]
+    without = [row for row in rows.values() if ablated(row)]
+    assert {row["seed"] for row in without} <= {1} and not any(row["predictions_test"] for row in without)
+    assert {row["trial"] for row in without} < set(records.read_run(tmp_path / "run")["ablation"]) or not without
+    again = [row for name, row in rows.items() if "+" in name and not ablated(row)]
     assert len(again) in (3, 6) and {row["seed"] for row in again} == {1, 2, 3}
     assert all(row["predictions_test"] for row in again)
     assert {row["trial"] for row in best(list(rows.values())).values()} <= {"0000", "0001", "0002"}
     assert len(records.read_run(tmp_path / "run")["openings"]) == 1
     assert "mean and s.d. over fresh seeds" in process.stdout
-    same = rayltr(*words, "--no-dashboard")
+    same = rayltr(*words, "--no-dashboard", "--ablate")
     assert same.returncode == 0 and "nothing to train" in same.stdout

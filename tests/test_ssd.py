@@ -74,7 +74,8 @@ def test_the_release_on_imagenet_lt():
     assert asked(query, "scale", "jitter", "hue", "grayscale", "blur") == ((0.08, 1.0), 1.0, 0.0, 0.0, 0.0)
     assert asked(key, "scale", "jitter", "hue", "grayscale", "blur") == ((0.2, 1.0), 0.8, 0.1, 0.2, 0.5)
     assert all(s.views == (query,) for s in (teacher, student, last))
-    assert (teacher.sampler.get("each"), teacher.method.get("drift")) == (2, True)
+    assert [asked(s.sampler, "each", "walks") for s in (teacher, last)] == [(2, 8)] * 2
+    assert teacher.method.get("drift") and preset("imagenet_lt").sampler.get("walks") == 1
     assert asked(student.method, "temperature", "distil", "teacher_bn") == (2.0, 1.0, "batch")
     assert asked(last.method, "chosen", "drift") == ("hard", True)
     assert first.backbone.get("model") == "resnext50_32x4d"
@@ -100,8 +101,10 @@ def test_every_task_classifier_and_end_is_reached():
 
 
 def test_first_stages_are_few_and_shared():
-    found = [complete(STUDY.space(RandomTrial(seed))) for seed in range(400)]
-    assert len({line(chain(stage)[0]) for stage in found}) <= 56
+    found = [chain(complete(STUDY.space(RandomTrial(seed))))[0] for seed in range(800)]
+    turning = [line(stage) for stage in found if stage.method.name == "rotation"]
+    discriminating = [line(stage) for stage in found if not stage.method.get("rotation")]
+    assert len(set(turning)) <= 16 < len(turning) and len(set(discriminating)) <= 96 < 2 * len(discriminating)
     same = [
         STUDY.space(FixedTrial(point(kd_temperature=t, teacher_bn=b))) for t, b in ((1.5, "batch"), (3.0, "running"))
     ]
@@ -141,7 +144,7 @@ def test_another_distillation_trains_only_what_follows(tmp_path):
 
 @pytest.mark.parametrize("task", ["instance", "both"])
 def test_other_tasks_train_and_train_nothing_twice(task, tmp_path):
-    more = {"w_con": 1.0, "temperature": 0.2, "w_rot": 1.0 if task == "both" else None}
+    more = {"w_con": 1.0, "temperature": 0.2, "groups": 4, "w_rot": 1.0 if task == "both" else None}
     stage = TOY.stage(STUDY, {"arm": ARM, **point(self_task=task, rebalance="crt", **more)})
     store = Store(tmp_path / "store")
     found, again = run(stage, store), run(stage, store)

@@ -274,6 +274,26 @@ def test_rows_of_more_workers_that_died_are_removed_with_the_snapshot(tmp_path):
     assert sorted(os.listdir(tmp_path / line(STAGE))) == names
 
 
+@pytest.mark.parametrize("partial", [True, False])
+def test_what_workers_wrote_before_they_died_goes_at_the_next_write(partial, tmp_path):
+    """Rows and weights without a note; what others have noted and what is not of the store stays."""
+    store, folder = Store(tmp_path), tmp_path / line(STAGE)
+    put_shared(store, 2, epoch=4)
+    put_shared(store, 2, epoch=6, partial=True)
+    before = set(os.listdir(folder))
+    for number in range(3):  # two snapshots on, and at the end, and then they died
+        store.put_rows(STAGE, replace(state(7), rows=ROWS), number, partial=True)
+        store.put_rows(STAGE, replace(state(12), rows=ROWS), number)
+    (folder / "000008.snapshot.safetensors").write_bytes(b"weights, but no note")
+    (folder / "mine.safetensors").write_bytes(b"somebody else's")
+    assert store.longest(STAGE).epoch == 6
+    put_shared(store, 1, epoch=9, partial=partial)
+    name = f"000009{'.snapshot' if partial else ''}"
+    own = {f"{name}.{end}" for end in ("json", "safetensors", "rows0.safetensors")}
+    kept = {file for file in before if ".snapshot" not in file}
+    assert set(os.listdir(folder)) == own | kept | {"mine.safetensors"}
+
+
 def test_a_state_without_shared_rows_has_one_file(tmp_path):
     store = Store(tmp_path)
     assert store.put_rows(STAGE, state(10), 0) is None

@@ -8,7 +8,9 @@ from PIL import Image
 from torch import nn
 
 from rayltr import build, catalogue
+from rayltr.data import load
 from rayltr.interface import Batch, Diverged, Facts, Resources, State
+from rayltr.methods import supervised
 from rayltr.spec import chain, fn, parents
 from rayltr.train import assembled, batches, checked, generators, portion, predict, train
 from tests.conftest import tiny
@@ -113,6 +115,28 @@ def test_training_learns_and_prediction_has_every_image():
     losses = [record["terms"]["loss"] for record in state.history]
     assert losses[-1] < 0.5 * losses[0]
     assert logits["val"]["main"].shape[1] == 4 and logits["val"]["main"].dtype == np.float32
+
+
+def test_what_a_method_measures_is_recorded_beside_its_loss(monkeypatch):
+    """The mean over the steps of an epoch, of SAM's two passes the first; no weight knows of it."""
+    stage = tiny(epochs=2, optimiser=OPTIMISERS["sam"])
+    plain, _ = train(stage, resources=ONE)
+    assert all("measured" not in record for record in plain.history)
+    passes = []
+
+    def measuring(self, batch):
+        passes.append(len(passes))
+        self.measured = {"passes": torch.tensor(float(passes[-1]))}
+        return forward(self, batch)
+
+    forward = supervised.Method.forward
+    monkeypatch.setattr(supervised.Method, "forward", measuring)
+    state, _ = train(stage, resources=ONE)
+    same(state, plain)
+    steps = len(passes) // 4
+    means = [sum(range(2 * steps * epoch, 2 * steps * (epoch + 1), 2)) / steps for epoch in range(2)]
+    assert [record["measured"] for record in state.history] == [{"passes": mean} for mean in means]
+    assert [record["terms"] for record in state.history] == [record["terms"] for record in plain.history]
 
 
 @pytest.mark.parametrize(("images", "workers"), [(256, 3), (128, 2), (7, 3), (16, 1)])
@@ -247,6 +271,21 @@ def test_predict_does_not_depend_on_the_batch_size():
 
     whole = predict(module, Images(), torch.device("cpu"), size=20)["main"]
     np.testing.assert_allclose(predict(module, Images(), torch.device("cpu"), size=7)["main"], whole, atol=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "inside"), [("fp32", False), ("bf16", True)])
+def test_only_rounded_predictions_have_their_norms_inside_the_convolutions(precision, inside):
+    module, seen = build.method(catalogue.complete(tiny()), FACTS), []
+
+    def spied(images):
+        seen.append(not any(isinstance(part, nn.BatchNorm2d) for part in module.modules()))
+        return {"main": images.mean((2, 3))}
+
+    module.predict = spied
+    split = load(tiny().source).val
+    found = predict(module, split, torch.device("cpu"), precision)["main"]
+    assert seen == [inside] and found.dtype == np.float32
+    assert any(isinstance(part, nn.BatchNorm2d) for part in module.modules())
 
 
 def test_the_bare_loop_needs_no_ray_no_optuna_and_no_plotly(tmp_path):

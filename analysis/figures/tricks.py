@@ -35,7 +35,7 @@ def shares(found: Effects) -> Figure:
                 "pattern": {"shape": ["/" if name in pairs else "" for name, _ in shown]}},
         text=[f"{value:.0f} %" for value in values], textposition="outside", cliponaxis=False)])  # fmt: skip
     figure.update_xaxes(title="share of the differences (%)", range=[0, max(values, default=1) * 1.2])
-    _rows(figure, names)
+    rows_named(figure, names)
     rows = [[text(name), text("pair" if name in pairs else "alone"), percent(share)] for name, share in both]
     return Figure(
         name="shares",
@@ -57,7 +57,8 @@ def _told(explained: float) -> str:
     return f"{found}: too little to rely on." if explained < RELIABLE else f"{found}."
 
 
-def _rows(figure: go.Figure, names: Sequence[str]) -> None:
+def rows_named(figure: go.Figure, names: Sequence[str]) -> None:
+    """One row per name, from top to bottom."""
     ticks = {"tickvals": list(range(len(names))), "ticktext": list(names), "range": [len(names) - 0.5, -0.5]}
     figure.update_yaxes(**ticks, automargin=True, showgrid=False)
 
@@ -83,7 +84,7 @@ def forest(by_score: Mapping[str, Effects]) -> Figure | None:
             error_x=draw.bars(effects, colour)))  # fmt: skip
     figure.add_vline(x=0, line={"color": VERMILION, "width": 2})
     figure.update_xaxes(title="effect (points)")
-    _rows(figure, names)
+    rows_named(figure, names)
     return Figure(
         name="effects",
         title="Effects in points",

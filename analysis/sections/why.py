@@ -4,9 +4,12 @@ import numpy as np
 
 from analysis.effects import Effects, effects
 from analysis.evidence import Evidence
-from analysis.figures import parallel, tricks
+from analysis.figures import ablated, parallel, tricks
+from analysis.figures.ablated import Part
 from analysis.figures.draw import Figure
+from analysis.load import Trial
 from analysis.page import Missing, Note, Section, blocks
+from rayltr import choice
 from rayltr.metrics import GROUPS
 
 TITLE = "What mattered"
@@ -19,18 +22,34 @@ def section(evidence: Evidence) -> Section:
     balanced = found["balanced"]
     if balanced.reason:
         none = Missing(f"No effects can be estimated: {balanced.reason}.")
-        return Section("tricks", TITLE, "Tricks", blocks(none, drawn(evidence, balanced)))
+        return Section("tricks", TITLE, "Tricks", blocks(none, ablation(evidence), drawn(evidence, balanced)))
+    dropped = ablation(evidence)
     laid = f", {balanced.designed} of them laid out in advance so that all values meet" if balanced.designed else ""
     note = Note(
         f"Estimated from {balanced.trials} trials of the study's own arm{laid}, all at full length; trials weigh less "
         "where the sampler repeated itself. Effects are associations within this search, not proofs: an ablation "
-        "trains the shipped recipe with one trick less."
+        f"trains the best recipe with one choice less{'' if dropped else ' (--ablate of the search)'}.",
     )
     parts = blocks(
-        tricks.shares(balanced) if balanced.shares else None, tricks.forest(found), tricks.interactions(balanced),
-        tricks.branches(found), drawn(evidence, balanced), note,
+        tricks.shares(balanced) if balanced.shares else None, tricks.forest(found), dropped,
+        tricks.interactions(balanced), tricks.branches(found), drawn(evidence, balanced), note,
     )  # fmt: skip
     return Section("tricks", TITLE, "Tricks", parts)
+
+
+def ablation(evidence: Evidence) -> Figure | None:
+    """The best recipe trained again with its choices set back one at a time, the largest loss first; None without."""
+    if not (pairs := evidence.run.ablated):
+        return None
+    whole = max((one for one, _ in pairs), key=lambda trial: trial.row["ended"])
+    parts = [part(evidence, whole, other) for one, other in pairs if one is whole]
+    parts.sort(key=lambda own: change.value if (change := own.changes["balanced"]) else 0.0)
+    return ablated.ablation(whole.id, parts, evidence.paired)
+
+
+def part(evidence: Evidence, whole: Trial, other: Trial) -> Part:
+    name = choice.ablated(other.row)
+    return Part(name, whole.params.get(name), other.params.get(name), evidence.changed(whole, other))
 
 
 def drawn(evidence: Evidence, found: Effects) -> Figure | None:

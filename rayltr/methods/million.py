@@ -24,9 +24,10 @@ class Method(nn.Module):
     another starts it anew.  Its rows move by the stage's optimiser, which has to be sgd without nesterov.
 
     prior: rows start as the features of the images in the network as it is, with BatchNorm statistics of each batch
-    (the "contrastive prior"); else they are random.  norm: length of the rows at the start.  As the gradient of a
-    cosine falls with the length of the row, it is a learning rate: `rate`, which multiplies the optimiser's for the
-    rows alone, does about what a norm 1 / sqrt(rate) times as long does.
+    (the "contrastive prior"); else they are random.  augmented: of the images as the view makes them, which are plain
+    otherwise.  norm: length of the rows at the start.  As the gradient of a cosine falls with the length of the row, it
+    is a learning rate: `rate`, which multiplies the optimiser's for the rows alone, does about what a norm
+    1 / sqrt(rate) times as long does.
     smoothing: share of the target that goes to the `hardest` classes with the most similar rows, found anew before
     every epoch, which takes a product of all rows with all rows.
     hidden 0 means as wide as the features; out: dimensions that are compared.  temperature, cosine, sampled, block,
@@ -44,6 +45,7 @@ class Method(nn.Module):
         smoothing: float = 0.2,
         hardest: int = 100,
         prior: bool = True,
+        augmented: bool | None = None,
         norm: float = 1.0,
         rate: float = 1.0,
         hidden: int = 0,
@@ -67,6 +69,7 @@ class Method(nn.Module):
         how = {"cosine": cosine, "norm": norm, "sampled": sampled, "block": block, "kept": kept, "bf16": bf16}
         self.classes = Shard(size, out, temperature=temperature, **how)  # type: ignore[arg-type]
         self.smoothing, self.hardest, self.prior, self.rate = smoothing, min(hardest, size - 1), prior, rate
+        self.augmented = bool(augmented)
         # Neighbours in a folder are of one class: mixed, every batch and every worker has some of each.  This generator
         # is the one whose draws NumPy promises to keep, because a row must mean the same image for ever.
         ids = torch.from_numpy(np.random.RandomState(0).permutation(size))

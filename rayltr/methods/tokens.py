@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from rayltr.interface import Batch, Parts
 from rayltr.methods import supervised
 from rayltr.parallel import all_sum, world
+from rayltr.transformers import judged, token_distance
 
-KINDS, NORMS = ("hard", "soft"), ("numel", "batch")
+KINDS, NORMS = ("hard", "soft", "none"), ("numel", "batch")
 BODY = "backbone.body.body."
 """What the names of timm's weights begin with here."""
 
@@ -26,14 +27,19 @@ class Method(supervised.Method):
     of the stage, which DeiT-LT brings in late, is for the distillation only, by the class that the *teacher* says;
     the term is then the mean weighted by the weights drawn, as in the authors' code.
 
+    It measures `token_distance`, 1 - the mean cosine of the two tokens of the student's images as it is trained on
+    them, and of the teacher's images `teacher_accuracy`, of mixes by their main target, and `teacher_entropy` (nats).
+
     Heads: `main`, the mean of both logits; `cls`; `dist`; and for each share s of `fusion`, `cls25` for 0.25, the sum
     of s times the one and 1 - s times the other.
 
     alpha in [0, 1].  distil: "hard" compares with the teacher's class, "soft" with its probabilities at `temperature`
     > 0, after its logits were multiplied by `scale` (30 for a cosine head of scale 1); under weights w they are
-    proportional to w p.  normalise: what soft distillation is divided by besides the images: "numel" the classes, as
-    published, "batch" nothing.  teacher_size: the side that the teacher's images are resized to, with antialiasing or
-    not.  teacher_renorm=False gives the teacher images that are normalised for the student, as published.
+    proportional to w p; with "none", an ablation, the teacher is only measured, and the second token learns from the
+    targets as the first one does.  normalise: what soft distillation is divided by besides the images: "numel" the
+    classes, as published, "batch" nothing.  teacher_size: the side that the teacher's images are resized to, with
+    antialiasing or not.  teacher_renorm=False gives the teacher images that are normalised for the student, as
+    published.
     Raises ValueError for values outside, another backbone than deit, and for mixing inside the network.
     """
 
@@ -72,19 +78,25 @@ class Method(supervised.Method):
         self.temperature, self.scale, self.normalise = temperature, scale, normalise
         self.teacher_size, self.teacher_renorm, self.antialias = teacher_size, teacher_renorm, antialias
         self.teacher: tuple[nn.Module | None] = (parts.teacher,)  # in a tuple: no part of this method's own weights
+        self.as_trained = parts.teacher_scale / scale  # cosines are multiplied as in the teacher's own loss
+        self.measured: dict[str, Tensor] = {}
         self.register_buffer("drawn", parts.weight, persistent=False)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        cls, dist, token = self.both(batch.views[0])
+        cls, dist, tokens = self.both(batch.views[0])
         with torch.no_grad():
             taught = self.taught_by(batch.views[-1])
-        return {"cls": (1 - self.alpha) * self.compared(cls, token, batch), "dist": self.alpha * self.far(dist, taught)}
+            accuracy, entropy = judged(self.as_trained * taught, batch.main)
+            distance = token_distance(tokens)
+        self.measured = {"token_distance": distance, "teacher_accuracy": accuracy, "teacher_entropy": entropy}
+        own = self.compared(cls, tokens[:, 0], batch)
+        return {"cls": (1 - self.alpha) * own, "dist": self.alpha * self.far(dist, taught, tokens, batch)}
 
     def both(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The logits [B,C] of both classifiers, and the class token [B,D]."""
+        """The logits [B,C] of both classifiers, and the two tokens [B,2,D]."""
         backbone: nn.Module = self.backbone
-        cls, dist = backbone.body.tokens(backbone.normalised(images)).unbind(1)  # type: ignore[union-attr, operator]
-        return self.head(cls), self.head_dist(dist), cls
+        tokens = backbone.body.tokens(backbone.normalised(images))  # type: ignore[union-attr, operator]
+        return self.head(tokens[:, 0]), self.head_dist(tokens[:, 1]), tokens
 
     def taught_by(self, images: Tensor) -> Tensor:
         """The teacher's logits [B,C] for images in [0, 1]."""
@@ -98,16 +110,26 @@ class Method(supervised.Method):
             images = (images - own.mean) / own.std * other.std + other.mean  # type: ignore[operator, union-attr]
         return self.scale * next(iter(teacher.predict(images).values()))  # type: ignore[operator]
 
-    def far(self, logits: Tensor, taught: Tensor) -> Tensor:
-        """How far logits [B,C] are from the teacher's, over the batches of all workers."""
+    def far(self, logits: Tensor, taught: Tensor, tokens: Tensor, batch: Batch) -> Tensor:
+        """How far the second token's logits [B,C] are from the teacher's, over the batches of all workers."""
         if self.distil == "soft":
             losses = divergence(logits, taught, self.temperature, self.drawn)
             weight = torch.ones_like(losses) * (logits.shape[1] if self.normalise == "numel" else 1)
             return losses.sum() * world() / all_sum(weight.sum())
-        target = taught.argmax(1)
-        losses = F.cross_entropy(_wide(logits), target, reduction="none")
+        if self.distil == "none":
+            target, losses = batch.main, self.untaught(logits, tokens[:, 1], batch)
+        else:
+            target = taught.argmax(1)
+            losses = F.cross_entropy(_wide(logits), target, reduction="none")
         weight = torch.ones_like(losses) if self.drawn is None else self.drawn[target]
         return (weight * losses).sum() * world() / all_sum(weight.sum())
+
+    def untaught(self, logits: Tensor, token: Tensor, batch: Batch) -> Tensor:
+        """The stage's loss [B] of the second token against the targets."""
+        losses = self.loss(logits, batch.target, self.counts, token)
+        if batch.mixed is None or batch.weight is None:
+            return losses
+        return batch.weight * losses + (1 - batch.weight) * self.loss(logits, batch.mixed, self.counts, token)
 
     def predict(self, images: Tensor) -> dict[str, Tensor]:
         """Logits [B,C] by head."""

@@ -62,8 +62,8 @@ def erasing(
     p: float = 0.25,
     scale: tuple[float, float] = (0.02, 0.3333333333333333),
     ratio: tuple[float, float] = (0.3, 3.3333333333333335),
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225),
+    mean: tuple[float, float, float] | Tensor = (0.485, 0.456, 0.406),
+    std: tuple[float, float, float] | Tensor = (0.229, 0.224, 0.225),
 ) -> Tensor:
     """A box of noise with probability `p`: timm's random erasing in the mode "pixel" (Zhong et al., 2020).
 
@@ -82,11 +82,18 @@ def erasing(
     spans = zip((height, width), start[:, hit, None], sides[:, hit, None], strict=True)
     rows, columns = (_between(length, first, side) for length, first, side in spans)
     noise = torch.randn((len(hit), *images.shape[1:]), generator=generator, device=generator.device)
-    noise = noise * noise.new_tensor(std).view(3, 1, 1) + noise.new_tensor(mean).view(3, 1, 1)
+    mean, std = (torch.as_tensor(value).to(noise).view(3, 1, 1) for value in (mean, std))
+    noise = noise * std + mean
     hole, hit = (rows[:, None, :, None] & columns[:, None, None, :]).to(images.device), hit.to(images.device)
     found = images.clone(memory_format=torch.channels_last)
     found[hit] = torch.where(hole, noise.to(images), images[hit])
     return found
+
+
+def statistics(images: Tensor) -> dict[str, Tensor]:
+    """Mean and standard deviation [3] of the pixels of images [B,3,H,W]."""
+    std, mean = torch.std_mean(images, (0, 2, 3), correction=0)
+    return {"mean": mean, "std": std}
 
 
 def resized_crop(

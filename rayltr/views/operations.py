@@ -25,8 +25,7 @@ def performed(images: Tensor, steps: Iterable[Step]) -> Tensor:
     Every operation runs once in a step, on all images that get it: they are brought together and stay so until the
     next step.
     """
-    # kept as bytes between operations: what moves images about is memory, and a batch of bytes fits into the cache
-    levels = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True).mul_(255).round_().byte()
+    levels = images.to(torch.float32, memory_format=torch.contiguous_format).mul(255).round_()
     place = torch.arange(len(images), device=images.device)
     for operations, which, amount in steps:
         which, amount = (drawn.to(images.device).index_select(0, place) for drawn in (which, amount))
@@ -35,8 +34,8 @@ def performed(images: Tensor, steps: Iterable[Step]) -> Tensor:
         levels, amount, place = (x.index_select(0, order) for x in (levels, amount, place))
         for operation, part, given in zip(operations, levels.split(sizes), amount.split(sizes), strict=True):
             if operation is not None and len(part):
-                part.copy_(operation(part.float(), given))
-    found = levels.index_select(0, place.argsort()).to(torch.float32, memory_format=torch.channels_last).div_(255)
+                part.copy_(operation(part, given))
+    found = levels.index_select(0, place.argsort()).div_(255).contiguous(memory_format=torch.channels_last)
     return found.to(images.dtype)
 
 

@@ -2,11 +2,12 @@
 
 import importlib
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from rayltr.views.crops import cropped, erasing
+from rayltr.views.crops import cropped, erasing, statistics
 from rayltr.views.crops import cutout as hole
 from rayltr.views.draws import integers, normal, uniform
 from rayltr.views.operations import Step, named, performed
@@ -60,6 +61,7 @@ def randaugment(
     interpolation: str = "nearest",
     size: int | None = None,
     erase: float | None = None,
+    erase_own: bool | None = None,
 ) -> Tensor:
     """`n` operations of strength `m`, each drawn uniformly, with replacement (Cubuk et al., RandAugment, 2020).
 
@@ -69,15 +71,17 @@ def randaugment(
     crop: what comes before: "none", "padded" (`flip_crop`) or "resized" (`resized_crop`), mirrored with probability
     `flip`.  fill: levels from 0 to 255 of what shears, shifts and turns leave empty; timm takes the mean of the data,
     (124, 116, 104) for ImageNet.  interpolation: "nearest", "bilinear" or "bicubic"; bicubic is a resized crop's too.
-    size: the side of a resized crop, None keeps it.  erase: the probability of a box of noise at the end (`erasing`).
+    size: the side of a resized crop, None keeps it.  erase: the probability of a box of noise at the end (`erasing`);
+    with `erase_own` it has the mean and deviation of these images, as for networks that are normalised by the data.
 
     Raises ValueError for an unknown space, crop or interpolation and for an m outside the space.
     """
     smooth = "bicubic" if interpolation == "bicubic" else "bilinear"
+    own: Any = statistics(images) if erase_own else {}
     images = cropped(images, generator, crop, flip, interpolation=smooth, size=size)
     steps = rand_steps(images, generator, n, m, deviation, space, fill, interpolation)
     images = performed(images, steps)
-    return images if erase is None else erasing(images, generator, p=erase)
+    return images if erase is None else erasing(images, generator, p=erase, **own)
 
 
 def rand_steps(

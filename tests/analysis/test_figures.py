@@ -7,8 +7,9 @@ from analysis.evidence import Evidence
 from analysis.figures import classes, draw, fronts, taus, tricks
 from analysis.load import load
 from analysis.sections import why
+from rayltr import records
 from rayltr.metrics import TAUS
-from tests.analysis.conftest import change
+from tests.analysis.conftest import change, make_run
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +116,37 @@ def test_log_ticks_are_round_and_cover_the_range():
     ticks = draw.log_ticks(5, 500)
     assert ticks["tickvals"] == [5, 10, 20, 50, 100, 200, 500, 1000] and ticks["ticktext"][-1] == "1\u2009000"
     assert draw.log_ticks(5, 20) == {}
+
+
+@pytest.fixture
+def ablated(tmp_path):
+    """A run whose best trial was trained again on a fresh seed, whole and without two of its choices."""
+    run = make_run(tmp_path / "run", trials=10, classes=12, failed=1)
+    rows = records.read_trials(run).to_pylist()
+    origin = max(rows[1:4], key=lambda row: row["m.val.fitted_balanced"])
+    without = {"": {}, "-loss": {"p.loss": "plain"}, "-deferred": {"p.deferred": False}}
+    for row, (name, other) in zip(rows[5:8], without.items(), strict=True):
+        scores = {key: value for key, value in row.items() if key.startswith(("m.", "predictions"))}
+        records.append_trial(run, {**origin, **other, **scores, "trial": f"{origin['trial']}+1{name}", "seed": 1})
+    return run, origin["trial"]
+
+
+def test_the_ablation_compares_the_winner_with_itself_image_by_image(ablated):
+    run, origin = ablated
+    found = Evidence(load(run))
+    figure = why.ablation(found)
+    by_id = {trial.id: trial for trial in found.run.trials}
+    whole, table = by_id[f"{origin}+1"], {row[0].text: row for row in figure.table.rows}
+    assert set(table) == {"loss", "deferred"} and table["loss"][2].text == "plain"
+    for name, row in table.items():
+        other = by_id[f"{origin}+1-{name}"]
+        assert row[3].value == pytest.approx(other.val["fitted_balanced"] - whole.val["fitted_balanced"])
+        assert row[3].low <= row[3].value <= row[3].high
+    changes = [row[3].value for row in figure.table.rows]
+    assert changes == sorted(changes), "the largest loss first"
+    assert {trial.id for trial in found.trials} == {f"{number:04d}" for number in range(9)}, "they choose nothing"
+    assert [[one.id for one in again] for again in found.fresh.values()] == [[whole.id]]
+
+
+def test_without_an_ablation_nothing_is_drawn(shared):
+    assert why.ablation(Evidence(load(shared))) is None

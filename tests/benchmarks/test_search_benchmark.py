@@ -1,4 +1,4 @@
-"""The search played on a table: the table is whole, epochs are counted right, nothing is reached too early."""
+"""The search played on a table: epochs are counted right, nothing is reached too early."""
 
 import json
 import random
@@ -6,13 +6,11 @@ import random
 import numpy as np
 import pytest
 
-from benchmarks import recorded_space, search
+from benchmarks import recording, search
 from rayltr import catalogue, studies
 from rayltr.agenda import Agenda, Job
-from rayltr.metrics import TAUS
 from rayltr.spec import Stage, fn
-from rayltr.store import Store
-from rayltr.studies import CONTROL, STUDY, Plan
+from rayltr.studies import Plan
 
 SPACE = """
 from rayltr.spec import Stage, fn
@@ -45,34 +43,13 @@ def value(params, epochs):
 
 @pytest.fixture
 def table(plan):
-    whole = search.everything(studies.find(plan.study))
-    return {(search.key(point), epochs): search.Found(value(point, epochs), 0.5, CURVE)
+    whole = recording.everything(studies.find(plan.study))
+    return {(recording.key(point), epochs): recording.Found(value(point, epochs), 0.5, CURVE)
             for point in whole for epochs in (3, 9, 27)}  # fmt: skip
 
 
 def found(objective, *curve):
-    return search.Found(objective, 0.5, np.array(curve or CURVE))
-
-
-def test_the_recorded_table_is_complete():
-    table = search.read()
-    points = search.everything(studies.find(search.PLAN.study))
-    assert len(points) == 160
-    assert set(table) == {(search.key(point), epochs) for point in points for epochs in (6, 18, 54)}
-    for one in table.values():
-        assert one.objective > 0 and 0 <= one.error <= 1
-        assert one.curve.shape == (len(TAUS), 2) and ((one.curve >= 0) & (one.curve <= 1)).all()
-    assert search.TABLE.stat().st_size < 300_000
-
-
-def test_points_are_all_paths_through_a_conditional_space():
-    def space(trial):
-        if trial.suggest_categorical("a", [1, 2]) == 2:
-            trial.suggest_categorical("b", ["x", "y"])
-        return Stage(source=fn("digits"), epochs=1)
-
-    points = recorded_space.points(space, {"arm": "study"})
-    assert [tuple(point.values()) for point in points] == [("study", 1), ("study", 2, "x"), ("study", 2, "y")]
+    return recording.Found(objective, 0.5, np.array(curve or CURVE))
 
 
 def test_stages_that_jobs_share_are_asked_twice_and_trained_once():
@@ -123,41 +100,44 @@ def test_the_area_is_what_all_curves_cover_together():
     assert search.area([found(1, (0.8, 0.5)), found(1, (0.4, 1.0))]) == pytest.approx(0.8 * 0.5 + 0.4 * 0.5)
 
 
-def test_a_goal_is_reached_when_the_whole_trainings_so_far_reach_it_and_not_before():
+def random_courses(draw, size):
+    logs = [[search.Step(10 * n, 5 * n, draw.random() < 0.4 or n == 1, found(draw.random(), (draw.random(), 0.5)))
+             for n in range(1, 20)] for _ in range(size)]  # fmt: skip
+    return logs, [search.course(log) for log in logs]
+
+
+def test_a_goal_is_reached_when_the_mean_of_the_whole_trainings_so_far_is_as_good_and_not_before():
     draw = random.Random(0)
-    for _ in range(50):
-        log = [search.Step(10 * n, 5 * n, draw.random() < 0.4, found(draw.random(), (draw.random(), draw.random())))
-               for n in range(1, 20)]  # fmt: skip
-        goals = {"objective": -draw.random() / 3, "area": draw.random()}
-        met, last = search.reach(iter(log), goals)
-        for name, goal in goals.items():
-            true = [step for n, step in enumerate(log) if (so_far := [s.found for s in log[: n + 1] if s.whole])
-                    and search.MEASURES[name](so_far) >= goal]  # fmt: skip
-            assert met.get(name) is (true[0] if true else None)
-            assert true or last is log[-1], "what is never reached costs the whole search"
+    for _ in range(30):
+        logs, courses = random_courses(draw, 3)
+        _, baselines = random_courses(draw, 3)
+        for name, measure in search.MEASURES.items():
+            goal = np.mean([own.reached[name][-1] for own in baselines])
+            true = [10 * n for n in range(1, 20) if np.mean(
+                [measure([step.found for step in log[:n] if step.whole]) for log in logs]) >= goal]  # fmt: skip
+            last = baselines[0].asked[-1]
+            expected = true[0] / last if true else np.inf
+            assert search.shares(courses, baselines, "asked", name)[0] == pytest.approx(expected)
+            assert search.shares(courses, baselines, "trained", name)[0] == pytest.approx(expected / 2)
 
 
-def test_what_is_never_reached_counts_as_the_whole_search(plan, table, monkeypatch):
-    monkeypatch.setattr(search, "play", lambda *given: [search.Step(200, 100, True, found(99.0))])
-    baseline = [search.Step(150, 50, True, found(1.0, (0.5, 0.5)))]
-    rows = search.shares(table, plan, ("tpe", "none"), [baseline], 1)
-    assert rows == {name: [(200 / 150, 2.0, False)] for name in search.MEASURES}
+def test_before_every_search_has_a_whole_training_their_mean_is_no_good():
+    late = search.course([search.Step(5, 5, False, found(0.0)), search.Step(9, 9, True, found(1.0))])
+    early = search.course([search.Step(1, 1, True, found(0.0))])
+    grid, reached = search.levels([early, late], "asked", "objective")
+    assert grid.tolist() == [1, 9] and reached.tolist() == [[0, 0], [-np.inf, -1]]
 
 
-def test_recording_goes_on_where_it_was_and_the_table_can_be_played(plan, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(search, "PLAN", Plan(plan.study, epochs=27, seed=0))
-    monkeypatch.setattr(search, "RECORDED", "schedules")
-    monkeypatch.setattr(search, "everything", lambda study: [
-        {"arm": STUDY, "lr": 0.1, "gamma": 1.0}, {"arm": CONTROL, "lr": 0.1}])  # fmt: skip
-    path = tmp_path / "table.parquet"
-    search.record(path, Store(tmp_path / "store"))
-    first = search.read(path)
-    assert {epochs for _, epochs in first} == {3, 27} and len(first) == 4
-    capsys.readouterr()
-    search.record(path, Store(tmp_path / "store"))
-    assert "2 of 2 points, 0 epochs trained" in capsys.readouterr().out
-    again = search.read(path)
-    assert all(np.array_equal(one.curve, again[name].curve) for name, one in first.items())
+def test_seeds_that_differ_widen_the_interval():
+    base = [search.course([search.Step(100, 100, True, found(1.0))]) for _ in range(4)]
+    quick, slow = (
+        [search.Step(n, n, True, found(2.0)), search.Step(m, m, True, found(1.0))] for n, m in ((1, 20), (1, 60))
+    )
+    assert search.shares([search.course(quick)] * 4, base, "asked", "objective") == [0.2, 0.2, 0.2]
+    share, low, high = search.shares(
+        [search.course(log) for log in (quick, quick, slow, slow)], base, "asked", "objective"
+    )
+    assert share == 0.6 and low == 0.2 or (low, high) == (0.6, 0.6)
 
 
 @pytest.mark.parametrize(("limit", "code"), [(10.0, 0), (1e-6, 1)])
@@ -165,4 +145,4 @@ def test_the_exit_code_says_whether_the_default_is_within_the_limit(monkeypatch,
     monkeypatch.setattr(search, "SEARCHES", {"random, none": ("random", "none")})
     monkeypatch.setattr(search, "LIMIT", limit)
     assert search.main(["--seeds", "2", "--trials", "12"]) == code
-    assert "12 trials of 54 epochs = 648 epochs asked" in capsys.readouterr().out
+    assert "12 trials of 54 epochs = 648 epochs; 2 seeds" in capsys.readouterr().out

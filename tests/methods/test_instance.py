@@ -16,6 +16,7 @@ from rayltr.spec import fn
 from tests.conftest import tiny
 from tests.methods.test_contrastive import batch_of
 from tests.methods.test_methods import FACTS
+from tests.methods.test_million import NEAR, STAGE, run, same
 
 VIEWS = (fn("flip_crop"),) * 2
 
@@ -186,6 +187,16 @@ def test_the_second_pass_of_sam_moves_neither_queue_nor_follower():
     optimiser.step(closure)
     assert len(passes) == 2 and passes[0] != passes[1]
     torch.testing.assert_close(module.state_dict(), other.state_dict())
+
+
+@pytest.mark.slow
+def test_two_workers_train_as_one_does_queue_and_statistics_included(tmp_path):
+    """Over epochs in which the queue is overwritten; `run` compares the workers with each other, bit for bit."""
+    stage = STAGE.but(views=(fn("identity"),) * 2, method=fn("instance", queue=24, out=6, rotation=0.5, groups=2))
+    two, one = (run(tmp_path / str(workers), workers, stage=stage) for workers in (2, 1))
+    assert {"queue.rows", "queue.labels", "queue.oldest", "slow.copies.0.body.trunk.1.running_var"} <= two.model.keys()
+    assert (two.model["queue.labels"] >= 0).all() and two.trained == one.trained == 4
+    same(two, one, **NEAR)
 
 
 def test_it_keeps_what_predicts():

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 from torch import distributed
-from torch.nn.parallel import DistributedDataParallel
 
 from rayltr import build, catalogue
 from rayltr.interface import Batch, Facts, Resources
-from rayltr.parallel import everyones, sizes_of, synchronised
+from rayltr.parallel import everyones, sizes_of, synchronised, together
 from rayltr.spec import fn
 from rayltr.train import train
 from tests.conftest import tiny
@@ -92,7 +91,7 @@ def worker(number, folder):
     store = distributed.FileStore(f"{folder}/store", 2)
     distributed.init_process_group("gloo", store=store, rank=number, world_size=2)
     part = slice(0, 5) if number == 0 else slice(5, 8)
-    found = {case: step(case, lambda m: DistributedDataParallel(synchronised(m)), part) for case in CASES}
+    found = {case: step(case, lambda m: together(synchronised(m)), part) for case in CASES}
     torch.save(found, f"{folder}/{number}.pt")
     distributed.destroy_process_group()
 

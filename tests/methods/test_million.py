@@ -12,7 +12,7 @@ import torch
 from torch import distributed, nn
 from torch.nn import functional as F
 
-from rayltr import build, catalogue, command, recipe
+from rayltr import build, catalogue, command, recipe, records
 from rayltr.backbones import Pooled
 from rayltr.data import load
 from rayltr.interface import Batch, Facts, Resources
@@ -31,6 +31,7 @@ SAMPLED = {"method": fn("million", out=6, hardest=5, block=16, sampled=0.6)}
 CASES = {
     "smoothed": SMALL,
     "sampled": SAMPLED,
+    "seen": {"method": fn("million", out=6, hardest=5, augmented=True)},
     "plain": {"method": fn("million", out=6, smoothing=0.0, prior=False)},
     "dot": {"method": fn("million", out=6, cosine=False, temperature=1.0, kept=True)},
 }
@@ -129,6 +130,25 @@ def test_the_prior_is_the_feature_of_each_image_by_the_statistics_of_its_batch()
     assert min(classes) > 1, "batches are mixed, although the images are sorted by class"
     before = module.classes.weight.clone()
     assert shown(module, data, batch=16) == [] and torch.equal(module.classes.weight, before)
+
+
+def priors(view, **keywords):
+    """The rows after the prior of a stage with that view, which always shows the same images."""
+    data, stage = load(tiny().source), tiny(views=(view,), method=fn("million", out=6, **keywords))
+    facts = Facts(data.classes, data.counts, data.mean, data.std, data.size)
+    module = build.method(catalogue.complete(stage), facts)
+    prepared(module, stage, data.train, torch.device("cpu"))
+    return module.classes.weight
+
+
+def test_the_prior_may_be_taken_from_the_view():
+    """A crop looks different whenever it is drawn, but the draws come from the stage's seed."""
+    crop, identity = fn("flip_crop"), fn("identity")
+    plain = priors(identity)
+    assert torch.equal(priors(crop), plain) and torch.equal(priors(identity, augmented=True), plain)
+    seen = priors(crop, augmented=True)
+    assert torch.equal(priors(crop, augmented=True), seen)
+    assert (F.cosine_similarity(seen, plain) < 0.99).any() and (F.cosine_similarity(seen, plain) > 0).all()
 
 
 def test_without_the_prior_rows_start_at_random_with_the_length_asked_for():
@@ -306,12 +326,20 @@ def test_the_prior_of_two_workers_is_that_of_one_to_the_last_digits(tmp_path):
 WORDS = ["--data", "digits", "--epochs", "3", "--batch", "128", "--backbone", "resnet20"]
 
 
-@pytest.mark.parametrize("preset", ["small", "small_neighbours"])
-def test_one_command_trains_a_preset(preset, tmp_path, capsys):
+@pytest.mark.parametrize("preset", ["small", "small_linear", "small_neighbours"])
+def test_one_command_trains_a_preset_and_records_each_group(preset, tmp_path, capsys):
     words = ["million_way", "--preset", preset, *WORDS, "--storage", str(tmp_path)]
     assert command.run(recipe.main, words) == 0
     said = capsys.readouterr().out
     assert "stage 1, epoch 1/" in said and "instance " in said and "few " in said
+    (run,) = tmp_path.iterdir()
+    (row,) = records.read_trials(run).to_pylist()
+    for split in ("val", "test"):
+        groups = [row[f"m.{split}.{group}"] for group in ("many", "medium", "few")]
+        assert 0 <= min(groups) <= row[f"m.{split}.balanced"] <= max(groups) <= 1 and max(groups) > 0
+    terms = {(epoch["stage"], epoch["metric"]) for epoch in records.read_epochs(run).to_pylist()}
+    assert {metric for stage, metric in terms if stage == 0} == {"instance"}
+    assert {metric for stage, metric in terms if stage == 1} == ({"loss"} if preset != "small_neighbours" else set())
 
 
 @pytest.mark.slow

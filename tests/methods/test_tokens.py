@@ -106,6 +106,23 @@ def test_after_the_switch_the_distillation_is_weighted_by_what_the_teacher_says(
     assert_gradients(module, batch, slopes)
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_without_distillation_both_tokens_learn_from_the_targets(mixed):
+    """The second one with the class weights, by the target, that the distillation would have."""
+    stage = stage_of(keywords={"distil": "none"}, weight=fn("effective_number", beta=0.9), loss=FIRST["loss"])
+    module, batch = built(stage).train(), batch_of(mixed)
+    cls, dist, _ = module.both(batch.views[0])
+    rows = soft_targets(batch) if mixed else [one_hot(y, smoothing=0.1) for y in batch.target.tolist()]
+    own, far = (
+        [slow_cross_entropy(z, q) for z, q in zip(logits.tolist(), rows, strict=True)] for logits in (cls, dist)
+    )
+    drawn = [module.drawn[y].item() for y in batch.target]  # the larger part of the mixes, too
+    terms = module(batch)
+    assert terms["cls"].item() == pytest.approx(0.5 * sum(own) / 6, rel=1e-9)
+    weighted = sum(w * loss for w, loss in zip(drawn, far, strict=True)) / sum(drawn)
+    assert terms["dist"].item() == pytest.approx(0.5 * weighted, rel=1e-9)
+
+
 def test_the_published_weights():
     """Of CIFAR-10 and CIFAR-100 with a ratio of 100, for beta = 0.9999."""
     for classes, largest, low, high in ((10, 5000, 0.0506, 3.993), (100, 500, 0.0449, 4.378)):
@@ -148,6 +165,30 @@ def test_soft_distillation_is_averaged_over_images_and_perhaps_classes(normalise
 def test_half_precision_and_large_logits_stay_finite():
     z = (50 * torch.randn(4, 6, generator=torch.Generator().manual_seed(0))).bfloat16()
     assert divergence(z, z.flip(0), 2.0, torch.rand(6) + 0.1).isfinite().all()
+
+
+def test_it_measures_itself_and_its_teacher_without_a_trace():
+    """Cosines of the tokens, and the teacher's logits as its own loss has them; of mixes the larger part counts."""
+    teacher = tiny(seed=1, loss=fn("ldam", scale=20.0), head=fn("cosine"))
+    for keywords in ({}, {"distil": "soft", "scale": 30.0}):
+        module = built(stage_of(keywords=keywords, **FIRST).but(teacher=catalogue.complete(teacher))).train()
+        batch = batch_of(mixed=True)
+        batch = Batch(batch.views, batch.target, batch.rows, batch.mixed, torch.tensor([0.7, 0.4] * 3).double())
+        assert module.measured == {}
+        state = torch.get_rng_state()
+        loss = sum(module(batch).values())
+        assert torch.equal(torch.get_rng_state(), state)
+        tokens = module.backbone.body.tokens(module.backbone.normalised(batch.views[0])).tolist()
+        cosines = [sum(a * b for a, b in zip(*pair, strict=True)) / math.prod(math.hypot(*t) for t in pair)
+                   for pair in tokens]  # fmt: skip
+        chances = (20 * module.teacher[0].predict(batch.views[0])["main"]).softmax(1).tolist()
+        entropies = [-sum(p * math.log(p) for p in row) for row in chances]
+        main = [0, 1, 1, 1, 1, 0]
+        right = [max(range(3), key=row.__getitem__) == y for row, y in zip(chances, main, strict=True)]
+        expected = {"token_distance": 1 - sum(cosines) / 6, "teacher_accuracy": sum(right) / 6,
+                    "teacher_entropy": sum(entropies) / 6}  # fmt: skip
+        assert {name: value.item() for name, value in module.measured.items()} == pytest.approx(expected, rel=1e-9)
+        assert loss.requires_grad and not any(value.requires_grad for value in module.measured.values())
 
 
 # ---------------------------------------------------------------------------------------------------- what it is shown
@@ -236,8 +277,8 @@ def test_the_weights_start_as_timm_starts_them():
         ({"alpha": 1.5}, "tokens needs alpha and shares of fusion from 0 to 1"),
         ({"fusion": (0.5, 2.0)}, "tokens needs alpha and shares of fusion from 0 to 1"),
         ({"temperature": 0.0}, "temperature > 0"),
-        ({"distil": "warm"}, "distil is one of hard, soft, normalise one of numel, batch"),
-        ({"normalise": "sum"}, "distil is one of hard, soft, normalise one of numel, batch"),
+        ({"distil": "warm"}, "distil is one of hard, soft, none, normalise one of numel, batch"),
+        ({"normalise": "sum"}, "distil is one of hard, soft, none, normalise one of numel, batch"),
     ],
 )
 def test_values_outside_are_refused(keywords, message):

@@ -82,6 +82,25 @@ def test_cutout_blackens_a_square_clipped_at_the_border(size, side):
     assert hole.any(0).all()
 
 
+def test_cutout_has_every_centre_alike():
+    """A square of one pixel is its centre, so that every place is hit as often, in rows and columns apart."""
+    hole = (VIEWS["cutout"](torch.ones(1, 1, 1, 1).expand(24_000, 1, 6, 8), generator(), size=1) == 0)[:, 0]
+    assert (hole.sum((1, 2)) == 1).all()
+    assert (hole.sum(0) - 500).square().sum() / 500 < 85  # chi-square with 47 degrees of freedom: p < 0.0006
+
+
+@pytest.mark.parametrize("side", [3, 6])
+def test_cutout_hits_the_border_less_often(side):
+    """Of 12 uniform centres, those that reach a position: `side` in the middle, fewer at the border."""
+    hole = (VIEWS["cutout"](torch.ones(1, 1, 1, 1).expand(12_000, 1, 12, 12), generator(), size=side) == 0)[:, 0]
+    centres = range(12)
+    reached = [sum(c - side // 2 <= place < c - side // 2 + side for c in centres) / 12 for place in range(12)]
+    for line in (hole.any(2), hole.any(1)):
+        found = line.double().mean(0)
+        spread = [(share * (1 - share) / 12_000) ** 0.5 for share in reached]
+        assert all(abs(f - r) < 4 * s for f, r, s in zip(found.tolist(), reached, spread, strict=True))
+
+
 @pytest.mark.parametrize("height, width", [(32, 32), (24, 40)])
 def test_erasing_has_the_boxes_of_timm_as_often(height, width):
     """Marked by noise around 9, far outside of every image."""

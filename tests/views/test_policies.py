@@ -144,6 +144,18 @@ def test_randaugment_may_resize_and_erase():
     assert expected.shape == (64, 3, 24, 24)
 
 
+def test_the_noise_may_be_that_of_the_images_themselves():
+    """Standard normal once the images are normalised by their own mean and deviation."""
+    images = batch(64) * 0.3 + torch.tensor([0.1, 0.3, 0.6]).view(3, 1, 1)
+    mean, std = images.mean((0, 2, 3)), images.std((0, 2, 3), correction=0)
+    keywords = {**STRONG, "crop": "padded", "erase": 0.5}
+    g = generator()
+    found = VIEWS["randaugment"](VIEWS["flip_crop"](images, g), g, **STRONG)
+    expected = VIEWS["erasing"](found, g, p=0.5, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+    torch.testing.assert_close(VIEWS["randaugment"](images, generator(), erase_own=True, **keywords), expected)
+    assert not torch.allclose(VIEWS["randaugment"](images, generator(), **keywords), expected)
+
+
 STRONG = {"m": 9, "deviation": 0.5, "space": "timm_increasing", "fill": (124, 116, 104)}
 DEIT = {**STRONG, "interpolation": "bicubic", "erase": 0.25}
 """rand-m9-mstd0.5-inc1 and random erasing."""

@@ -1,0 +1,50 @@
+"""BatchNorm as a part of the convolution before it, for the time of an evaluation."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.fx import Tracer
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@contextmanager
+def fused(module: nn.Module) -> Iterator[None]:
+    """Inside, a module in eval mode predicts the same with fewer operations; afterwards it is what it was.
+
+    Only convolutions and BatchNorms are exchanged, in their places, so a prediction may take any path through the
+    modules around them.  What cannot be traced stays as it is.
+    """
+    before: dict[str, nn.Module] = {}
+    try:
+        for first, second in pairs(module):  # one by one: parts that have two names are found whole only once
+            before[first], before[second] = module.get_submodule(first), module.get_submodule(second)
+            joint = fuse_conv_bn_eval(before[first], before[second])  # type: ignore[type-var, arg-type]
+            module.set_submodule(first, joint)
+            module.set_submodule(second, nn.Identity())
+        yield
+    finally:
+        for name, own in before.items():
+            module.set_submodule(name, own)
+
+
+def pairs(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The names of convolutions, and of the BatchNorms that alone see what they give."""
+    if not any(type(part) in NORMS for part in module.modules()):
+        return
+    try:
+        calls = [node for node in Tracer().trace(module).nodes if node.op == "call_module"]
+    except Exception:  # a network can do anything when it is traced; perhaps its parts can be
+        for name, part in module.named_children():
+            yield from pairs(part, f"{prefix}{name}.")
+        return
+    targets = [node.target for node in calls]
+    for node in calls:
+        given = node.args[0]
+        if given in calls and len(given.users) == 1 and targets.count(node.target) == targets.count(given.target) == 1:
+            first, second = module.get_submodule(given.target), module.get_submodule(node.target)
+            if type(first) in CONVOLUTIONS and type(second) in NORMS and second.running_mean is not None:
+                yield f"{prefix}{given.target}", f"{prefix}{node.target}"
