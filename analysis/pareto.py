@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from analysis import estimates, resample
+from rayltr.metrics import area as covered
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -33,8 +34,7 @@ def hypervolume(points: ArrayLike, reference: ArrayLike = 0.0) -> float:
     found = found - np.asarray(reference, float)
     found = found[(found > 0).all(-1)] if found.size else np.empty((0, 2))
     if found.shape[1] == 2:
-        xy = found[front(found)]
-        return float((np.diff(xy[:, 0], prepend=0) * xy[:, 1]).sum())
+        return covered(*found.T)
     found = found[np.argsort(-found[:, 2], kind="stable")]
     volume, base = 0.0, np.empty((0, 2))
     for point, thickness in zip(found, -np.diff(found[:, 2], append=0), strict=True):

@@ -97,7 +97,7 @@ def steps(agenda: Agenda, end: Callable[[Job], Found], length: int, concurrent: 
             agenda.moved(job.trial, position)
             continue
         found = end(job)
-        agenda.ended(job, (found.objective,))
+        agenda.ended(job, (found.objective,), area([found]))
         yield Step(asked, trained, job.rung == length - 1, found)
 
 

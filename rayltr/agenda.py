@@ -2,8 +2,8 @@
 
 A job is one training of one recipe on one rung, that is, at one length.  Every proposal is trained on the lowest rung;
 with each block of them (by their numbers, each arm by itself) one goes to the next: the best of all blocks so far that
-has not gone yet, nor any trial with the same recipe.  This does not depend on the order in which trials end, so an
-interrupted search promotes what an undisturbed one would have promoted.
+has not gone yet, nor any trial with the same recipe.  Where trials have another merit, it decides every second time.
+None of this depends on the order in which trials end, so an interrupted search promotes what an undisturbed one would.
 
 Jobs that want the same stage are not run at the same time: the later one is kept back, without a machine, and others
 go first.
@@ -78,6 +78,7 @@ class Agenda:
         self.propose, self.promoted, self.blocks, self.ahead = propose, promoted, tuple(blocks), ahead
         self.known: dict[tuple[int, int], Job] = {}
         self.found: dict[tuple[int, int], Values | None] = {}
+        self.merits: dict[tuple[int, int], float] = {}
         self.waiting: list[Job] = []
         self.running: dict[str, tuple[Job, int]] = {}
         self.made: set[str] = set()
@@ -123,11 +124,13 @@ class Agenda:
             self.running[trial] = (job, position)
             self.made.update(address for _, address, _ in job.stages[before:position])
 
-    def ended(self, job: Job, values: Values | None) -> None:
-        """A job has ended for good: with its values, or None if it failed."""
+    def ended(self, job: Job, values: Values | None, merit: float | None = None) -> None:
+        """A job has ended for good: with its values and perhaps another merit (more is better), or None: it failed."""
         self.running.pop(job.trial, None)
         self.known[job.number, job.rung] = job
         self.found[job.number, job.rung] = values
+        if merit is not None:
+            self.merits[job.number, job.rung] = merit
         if values is not None:
             self.made.update(address for _, address, _ in job.stages)
 
@@ -183,6 +186,9 @@ class Agenda:
         taken = [self.known[own, rung].stages for own in chosen if own is not None]
         found = {own: self.found[own, rung] for own in numbers if self.known[own, rung].stages not in taken}
         good = {own: values for own, values in found.items() if values is not None}
+        merits = {own: self.merits[own, rung] for own in good if (own, rung) in self.merits}
+        if merits and len(chosen) % 2:
+            return max(merits, key=merits.__getitem__)
         front = {own: one for own, one in good.items() if not any(dominates(other, one) for other in good.values())}
         order = zip(ranked([*front.values()]), front, strict=True)
         return min(order, key=lambda pair: pair[0], default=(None, None))[1]

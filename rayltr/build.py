@@ -85,24 +85,25 @@ def teacher(stage: Stage, facts: Facts, state: State) -> nn.Module:
 def adopt(module: nn.Module, state: State, *, again: bool = False) -> None:
     """Gives a module the kept weights of a finished stage, strictly.
 
-    What the module declares in `fresh` (prefixes of names) keeps its own start, and its function `inherit`, if it has
-    one, says which weights become which; neither holds for a module that is the finished stage `again`.  Raises
-    ValueError naming the first weight that is missing, left over, or of another shape.
+    What the module declares in `fresh` (prefixes of names) may be missing in the parent and then keeps its own start;
+    what it declares in `anew` keeps it whatever the parent has.  Its function `inherit`, if it has one, says which
+    weights become which.  None of these holds for a module that is the finished stage `again`.  Raises ValueError
+    naming the first weight that is missing, left over, or of another shape.
     """
     own = module.state_dict()
-    fresh = () if again else tuple(getattr(module, "fresh", ()))
+    anew, fresh = ((), ()) if again else (tuple(getattr(module, name, ())) for name in ("anew", "fresh"))
     needed = module.keep() if again and hasattr(module, "keep") else own  # type: ignore[operator]
     kept = {name: state.model[name] for name in state.kept}
     if hasattr(module, "inherit") and not again:
         kept = module.inherit(kept)  # type: ignore[operator]
-    given = {name: value for name, value in kept.items() if not name.startswith(fresh or "\0")}
+    given = {name: value for name, value in kept.items() if not name.startswith(anew)}
     for name, value in given.items():
         if name not in own:
             raise ValueError(f"the weight {name} of the parent stage has no place in this stage")
         if value.shape != own[name].shape:
             raise ValueError(f"the weight {name} is {list(value.shape)} in the parent and {list(own[name].shape)} here")
     for name in needed:
-        if name not in given and not name.startswith(fresh or "\0"):
+        if name not in given and not name.startswith((*anew, *fresh)):
             raise ValueError(f"the weight {name} of this stage is missing in the parent stage")
     module.load_state_dict(given, strict=False)
 

@@ -161,7 +161,7 @@ class Ledger:
             self.open = True
             return self.agenda.dropped(job)
         found = reached(row, self.settings.objectives)
-        self.agenda.ended(job, self.proposals.judged(found))
+        self.agenda.ended(job, self.proposals.judged(found), self.proposals.merit(row))
         if not job.rung and not job.seed:
             self.proposals.tell(job.asked, found)
 

@@ -34,7 +34,7 @@ RANGES = {10: (3, 7), 100: (36, 71), 1000: (390, 835), 8142: (842, 4543)}
 SUMMARY = (
     *("accuracy", "balanced", *GROUPS, "worst_decile", "nll", "balanced_nll", "ece"),
     *("tau", "temperature", "fitted_nll", "fitted_accuracy", "fitted_balanced", *(f"fitted_{name}" for name in GROUPS)),
-    *("fitted_worst_decile", "fitted_ece"),
+    *("fitted_worst_decile", "fitted_ece", "area"),
 )
 """The keys of `summary`."""
 
@@ -165,19 +165,22 @@ def summary(
 ) -> dict[str, float]:
     """Everything one number says about a classifier, raw and at the fitted tau and temperature: the keys of SUMMARY.
 
-    `fitted_nll` is the class-balanced NLL at the fitted tau and temperature, the search's default objective.
+    `fitted_nll` is the class-balanced NLL at the fitted tau and temperature, the search's default objective.  `area` is
+    what the classifier covers of many x few over all tau.
     """
     z, target = _floating(logits), np.asarray(target)
     if not (z.size and np.isfinite(z).all()):
         return dict.fromkeys(SUMMARY, np.nan)
     tau, temperature, nll = fit(z, target, counts)
     fitted = _described(adjust(z / temperature, counts, tau), target, counts, groups)
+    swept = sweep(z, target, counts, groups, temperature)
     return {
         **_described(z, target, counts, groups),
         "nll": _mean(_nll(z, target, 1.0, np.zeros((1, z.shape[1])))),
         "balanced_nll": balanced_nll(z, target, z.shape[1]),
         **{"tau": tau, "temperature": temperature, "fitted_nll": nll},
         **{f"fitted_{name}": value for name, value in fitted.items()},
+        "area": area(swept["many"], swept["few"]),
     }
 
 
@@ -203,6 +206,14 @@ def sweep(
     nll = _balanced_nll(z, target, temperature, -taus[:, None] * _log_prior(counts))
     names = ("accuracy", "balanced", *groups)
     return {"tau": taus, **{name: np.array([row[name] for row in rows]) for name in names}, "nll": nll}
+
+
+def area(many: ArrayLike, few: ArrayLike) -> float:
+    """The area of all pairs that some pair of (many, few) [K] is nowhere worse than; nan where one is not measured."""
+    x, y = np.asarray(many, np.float64), np.asarray(few, np.float64)
+    order = np.argsort(x)
+    height = np.maximum.accumulate(y[order][::-1])[::-1]
+    return float((np.diff(x[order], prepend=0) * height).sum())
 
 
 def _balanced_nll(logits: ArrayLike, target: ArrayLike, temperature: float, shifts: Floats) -> Floats:

@@ -9,12 +9,16 @@ SCORES = ("many", "medium", "few", "balanced", "accuracy", "worst_decile", "ece"
 OBJECTIVES = {
     "balanced_nll": "fitted_nll",
     **{name: f"fitted_{name}" for name in SCORES},
+    "area": "area",
     "cost": "cost_s",
     **{f"raw_{name}": name for name in ("balanced_nll", *SCORES)},
 }
 """Objective -> validation metric.  They are taken at the jointly fitted tau and temperature, because raw scores rank
 recipes badly: post-hoc adjustment is free, and what it can repair should not decide between recipes.  `raw_...` is the
 classifier as it was trained; `cost` is the training of the whole chain in seconds."""
+
+BALANCED = ("balanced_nll", "balanced")
+"""The objectives that stand for both ends of the front; a search for one of them also looks at the area below it."""
 
 FEWER = ("balanced_nll", "ece", "cost")
 """The objectives of which less is better."""

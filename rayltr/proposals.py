@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from rayltr import records
 from rayltr.agenda import Agenda, Job, Values
 from rayltr.choice import repeated, rung_of
-from rayltr.objectives import OBJECTIVES, direction, values
+from rayltr.objectives import BALANCED, OBJECTIVES, direction, values
 from rayltr.sampling import RESULT, number
 from rayltr.spec import parse
 from rayltr.studies import CONTROL, EVERY, FIDELITIES, STUDY, Plan, find
@@ -76,9 +76,8 @@ class Proposals:
         for row in (row for row in ended(self.run) if not repeated(row)):
             params = self.params(row, drawn)
             stage = parse(json.loads(row["recipe"])) if row["recipe"] else None
-            made.ended(
-                Job(row["number"], rung_of(row), params, stage=stage), self.judged(reached(row, self.objectives))
-            )
+            job, found = Job(row["number"], rung_of(row), params, stage=stage), reached(row, self.objectives)
+            made.ended(job, self.judged(found), self.merit(row))
         return made
 
     def propose(self) -> Job | None:
@@ -110,6 +109,11 @@ class Proposals:
             self.study.tell(asked, state=TrialState.FAIL)
         else:
             self.study.tell(asked, list(found))
+
+    def merit(self, row: Mapping[str, Any]) -> float | None:
+        """By what else a row of the trials table may be promoted: the area of many x few, where balance is wanted."""
+        value = row.get("m.val.area") if self.objectives[0] in BALANCED and len(self.objectives) == 1 else None
+        return value if value is not None and math.isfinite(value) else None
 
     def judged(self, found: Sequence[float] | None) -> Values | None:
         """Objectives as the agenda compares them: less is better."""

@@ -120,6 +120,15 @@ def test_a_good_block_sends_its_second_before_the_best_of_a_bad_one():
     assert [job.number for job in order if job.rung] == [0, 1]
 
 
+def test_another_merit_decides_every_second_time():
+    made, order = agenda([single(n) for n in range(8)], (2,)), []
+    merit = dict(enumerate([0.1, 0.2, 0.9, 0.3, 0.4, None, 0.8, 0.7]))
+    while (job := made.next()) is not None:
+        order.append(job)
+        made.ended(job, (float(job.number),), merit[job.number])
+    assert [job.number for job in order if job.rung] == [0, 2, 1, 6]
+
+
 def test_the_same_recipe_is_promoted_once():
     order = drained(agenda([single(0), single(0), single(2), single(3)], (2,)), lambda job: (float(job.number),))
     assert [job.number for job in order if job.rung] == [0, 2]

@@ -217,3 +217,15 @@ def test_no_images_give_nan():
     assert np.isnan(list(metrics.summary(z[:0], target[:0], counts, groups).values())).all()
     assert np.isnan(metrics.balanced_nll(z[:0], target[:0], 12))
     assert np.isnan(metrics.sweep(z[:0], target[:0], counts, groups)["nll"]).all()
+
+
+def test_the_area_is_what_a_curve_covers():
+    assert metrics.area([1.0, 0.5], [0.25, 0.75]) == pytest.approx(0.5 * 0.75 + 0.5 * 0.25)
+    assert metrics.area([0.5, 0.4, 1.0], [0.75, 0.7, 0.25]) == pytest.approx(0.5)
+    assert metrics.area([0.8], [0.5]) == pytest.approx(0.4) and np.isnan(metrics.area([0.8, 0.9], [np.nan, np.nan]))
+    rng = np.random.default_rng(0)
+    grid = (np.arange(400) + 0.5) / 400
+    for _ in range(5):
+        many, few = rng.random((2, 7))
+        below = (grid[:, None, None] <= many) & (grid[None, :, None] <= few)
+        assert metrics.area(many, few) == pytest.approx(below.any(-1).mean(), abs=0.01)

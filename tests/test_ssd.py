@@ -1,12 +1,16 @@
 """The study of self-supervision to distillation: presets, what is shared, and the four stages by one command."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 
 from rayltr import command, recipe, records, studies
 from rayltr.catalogue import complete
 from rayltr.interface import Resources
 from rayltr.rehearsal import rehearse
-from rayltr.spec import FixedTrial, RandomTrial, chain, fn, line
+from rayltr.spec import FixedTrial, RandomTrial, chain, fn, line, parse
 from rayltr.store import Store
 from rayltr.studies import STUDY as ARM
 from rayltr.studies import Plan
@@ -162,3 +166,27 @@ def test_one_command_trains_the_four_stages(tmp_path, capsys):
     curve = records.read_epochs(tmp_path / "run").to_pylist()
     terms = {(entry["stage"], entry["metric"]) for entry in curve}
     assert terms == {(0, "loss"), (0, "rotation"), (1, "loss"), (2, "loss"), (2, "distilled"), (3, "loss")}
+
+
+SPACE = """
+from rayltr.spec import FixedTrial
+from search_spaces import ssd
+
+def space(trial):
+    chosen = {"kd_temperature": trial.suggest_categorical("kd_temperature", [1.5, 3.0])}
+    return ssd.space(FixedTrial({**ssd.PAPER["paper"], **chosen}))
+"""
+
+
+@pytest.mark.slow
+def test_a_search_over_the_distillation_trains_the_first_two_stages_once(tmp_path):
+    (study := tmp_path / "distilled.py").write_text(SPACE)
+    words = [study, "--storage", tmp_path, "--name", "run", "--data", "digits", "--trials", "3", "--epochs", "8"]
+    words += ["--sampler", "quasi", "--backbone", "resnet20", "--no-dashboard"]
+    command = [sys.executable, "-m", "rayltr.search", *map(str, words)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stdout + process.stderr
+    rows = [row for row in records.read_trials(tmp_path / "run").to_pylist() if row["p.arm"] == ARM]
+    lengths = [[own.epochs for own in chain(parse(json.loads(row["recipe"])))] for row in rows]
+    assert lengths[0] == lengths[1] and [row["epochs_asked"] for row in rows] == [8, 8]
+    assert sorted(row["epochs_trained"] for row in rows) == [sum(lengths[0][2:]), 8]

@@ -139,6 +139,27 @@ def test_what_a_method_measures_is_recorded_beside_its_loss(monkeypatch):
     assert [record["terms"] for record in state.history] == [record["terms"] for record in plain.history]
 
 
+def test_the_second_pass_of_sam_in_bf16_sees_the_climbed_weights(monkeypatch):
+    """Every pass casts the weights anew, whatever autocast remembers of the first."""
+    found = []
+
+    def noting(self, batch):
+        head, features = self.head, self.backbone(batch.views[0]).detach()
+        with torch.autocast("cpu", enabled=False):
+            cast = [x.detach().bfloat16() for x in (features, head.weight, head.bias)]
+            expected = nn.functional.linear(*cast)
+        found.append((head(features).detach(), expected, cast[1]))
+        return forward(self, batch)
+
+    forward = supervised.Method.forward
+    monkeypatch.setattr(supervised.Method, "forward", noting)
+    train(tiny(epochs=1, precision="bf16", optimiser=fn("sam", lr=0.05, rho=0.5)), resources=ONE)
+    assert len(found) >= 4 and all(logits.dtype is torch.bfloat16 for logits, *_ in found)
+    assert all(torch.equal(logits, expected) for logits, expected, _ in found)
+    passes = zip(found[::2], found[1::2], strict=True)
+    assert not any(torch.equal(first[2], second[2]) for first, second in passes), "SAM climbed"
+
+
 @pytest.mark.parametrize(("images", "workers"), [(256, 3), (128, 2), (7, 3), (16, 1)])
 def test_workers_share_a_batch_and_part_no_pair(monkeypatch, images, workers):
     rows, parts = torch.arange(images), []
@@ -194,6 +215,18 @@ def test_a_stage_of_no_epochs_only_hands_weights_over():
     after, normalised = run(first.but(epochs=0, init=first, head=fn("tau_normalised", tau=0.0)))
     np.testing.assert_allclose(logits["val"]["main"], normalised["val"]["main"], atol=1e-6)
     assert after.model.keys() == state.model.keys()
+
+
+def test_a_trained_scale_is_taken_over_unless_the_head_is_to_be_new():
+    parent = build.method(catalogue.complete(tiny(head=fn("lws"))), FACTS)
+    parent.head.scale.data.fill_(3.0)
+    state = State(dict(parent.state_dict()), {}, 2, tuple(parent.state_dict()))
+    for fresh_head, expected in ((False, 3.0), (True, 1.0)):
+        method = fn("supervised", frozen=True, fresh_head=fresh_head)
+        module = build.method(catalogue.complete(tiny(head=fn("lws"), method=method, seed=7)), FACTS)
+        build.adopt(module, state)
+        assert module.head.scale.unique().item() == expected
+        assert torch.equal(module.head.weight, parent.head.weight) is not fresh_head
 
 
 def hand_over(change, **stage):

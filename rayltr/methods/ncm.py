@@ -30,7 +30,7 @@ class Method(supervised.Method):
             raise ValueError(f"ncm: features is one of {', '.join(FEATURES)}, not {features!r}")
         super().__init__(parts, reduction=reduction, frozen=True)
         self.head: Nearest = Nearest(self.backbone.dim, len(parts.counts), features)  # type: ignore[arg-type]
-        self.fresh = ("head.",)
+        self.anew = ("head.",)
 
     def prepare(self, batches: Iterable[tuple[Tensor, Tensor, Tensor]], size: int) -> None:
         """Takes the means of all `size` training images, of which `batches` are those of this worker.

@@ -34,7 +34,7 @@ class Method(supervised.Method):
             raise ValueError("neighbours cannot mix inside the network, which is frozen; mix the images")
         super().__init__(parts, reduction=reduction, frozen=True)
         self.head = Vote(self.backbone.dim, parts.counts, k, temperature)  # type: ignore[arg-type]
-        self.fresh = ("head.",)
+        self.anew = ("head.",)
 
     def prepare(self, batches: Iterable[tuple[Tensor, Tensor, Tensor]], size: int) -> None:
         """Takes the features of all `size` training images, of which `batches` are those of this worker.

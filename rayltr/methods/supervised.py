@@ -42,7 +42,8 @@ class Method(nn.Module):
         self.backbone = parts.backbone()
         self.head = parts.head(self.backbone.dim)  # type: ignore[arg-type]
         self.backbone.requires_grad_(not frozen)
-        self.fresh = ("head.",) if fresh_head else tuple(f"head.{name}" for name in getattr(self.head, "fresh", ()))
+        self.anew = ("head.",) if fresh_head else ()
+        self.fresh = tuple(f"head.{name}" for name in getattr(self.head, "fresh", ()))
         self.still = frozen and not drift
         self.reduction, self.loss, self.layer = reduction, parts.loss, parts.layer
         self.place()
