@@ -24,9 +24,9 @@ def units(rows, dim=5, seed=0, dtype=torch.float64):
     return F.normalize(torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed), dtype=dtype))
 
 
-def two_views(target, seed=0):
+def two_views(target, seed=0, views=2):
     """(anchors that want gradients, target, place): two views of every image, one view above the other."""
-    twice = torch.tensor(target * 2)
+    twice = torch.tensor(target * views)
     return units(len(twice), seed=seed).requires_grad_(), twice, torch.arange(len(twice))
 
 
@@ -56,6 +56,12 @@ def slow_balanced(bank, labels, i, t, variant="L1"):
     return -sum(dot(bank[i], bank[k]) / t - z.log() for k in positives) / len(positives)
 
 
+def slow_third(z, prototypes, target, t):
+    """Variant L3 for one anchor."""
+    s = torch.stack([dot(z, c) / t for c in prototypes])
+    return s.exp().sum().log() - s[target]
+
+
 def slow_parametric(bank, labels, i, t, logits, alpha, beta, gamma, smoothing):
     positives = [k for k in range(len(bank)) if k != i and labels[k] == labels[i]]
     total = logits[i].exp().sum() + gamma * sum((dot(bank[i], bank[a]) / t).exp() for a in range(len(bank)) if a != i)
@@ -77,18 +83,28 @@ def equal_with_gradients(found, expected, *inputs):
                                    **CLOSE)  # fmt: skip
 
 
+def has_positives(target, views):
+    return [views * target.count(one) > 1 for one in target] * views
+
+
+@pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-def test_supervised_equals_its_definition(target):
-    z, twice, place = two_views(target)
+def test_supervised_equals_its_definition(target, views):
+    """With one view an anchor may be alone in its class."""
+    z, twice, place = two_views(target, views=views)
     expected = torch.stack([slow_supervised(z, twice.tolist(), i, 0.2) for i in range(len(z))])
-    equal_with_gradients(supervised(z, z, twice, twice, place, temperature=0.2), expected, z)
+    found = supervised(z, z, twice, twice, place, temperature=0.2)
+    equal_with_gradients(found, expected, z)
+    if len(z) > 2:  # of two, the one is all that the other is compared with: 0 as well
+        assert [bool(loss) for loss in found] == has_positives(target, views)
 
 
 @pytest.mark.parametrize("complement", [True, False])
 @pytest.mark.parametrize("variant", ["L1", "L2"])
+@pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-def test_balanced_equals_its_definition(target, variant, complement):
-    z, twice, place = two_views(target)
+def test_balanced_equals_its_definition(target, views, variant, complement):
+    z, twice, place = two_views(target, views=views)
     prototypes = units(CLASSES, seed=1).requires_grad_()
     bank = torch.cat([z, prototypes]) if complement else z
     labels = twice.tolist() + (list(range(CLASSES)) if complement else [])
@@ -99,11 +115,10 @@ def test_balanced_equals_its_definition(target, variant, complement):
 
 def test_the_third_variant_compares_with_prototypes_only():
     z, twice, place = two_views(TARGETS["long tail"])
-    prototypes = units(CLASSES, seed=1)
+    prototypes = units(CLASSES, seed=1).requires_grad_()
     found = balanced(z, z, twice, twice, place, prototypes, temperature=0.3, variant="L3")
-    s = [[float(dot(a, c)) / 0.3 for c in prototypes] for a in z.detach()]
-    expected = [-row[y] + math.log(sum(map(math.exp, row))) for row, y in zip(s, twice.tolist(), strict=True)]
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), **CLOSE)
+    expected = torch.stack([slow_third(own, prototypes, y, 0.3) for own, y in zip(z, twice, strict=True)])
+    equal_with_gradients(found, expected, z, prototypes)
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
@@ -161,21 +176,50 @@ def test_balanced_knows_neither_the_names_of_classes_nor_the_order_of_images_nor
         torch.testing.assert_close(mean(z, renamed, moved), plain, **CLOSE)
 
 
-@pytest.mark.parametrize("t", [0.01, 0.005])
-def test_small_temperatures_stay_finite_in_single_precision(t):
-    """Where a sum of exponentials below the largest, the anchor itself, would vanish: opposite vectors."""
-    z = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).repeat(2, 1).requires_grad_()
-    apart = torch.cat([z[:2], -z[2:]])
-    twice, place = torch.tensor([0, 1, 0, 1]), torch.arange(4)
-    prototypes = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
-    logits = torch.tensor([[50.0, -50.0]] * 4)
-    for found in (
-        supervised(apart, apart, twice, twice, place, temperature=t),
-        balanced(apart, apart, twice, twice, place, prototypes, temperature=t),
-        parametric(apart, apart, twice, twice, place, logits, temperature=t),
-    ):
-        (gradient,) = torch.autograd.grad(found.sum(), z, retain_graph=True)
-        assert found.isfinite().all() and gradient.isfinite().all()
+OPPOSITE = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]])
+"""Where a sum of exponentials below the largest, the anchor itself, would vanish: two views that are opposite."""
+
+
+def as_defined(name, z, prototypes, logits, labels, t):
+    """The slow loss of every anchor, in double precision."""
+    if name == "parametric":
+        return [slow_parametric(z, labels, i, t, logits, 0.01, 1.0, 1.0, 0.0) for i in range(len(z))]
+    if name == "L3":
+        return [slow_third(one, prototypes, y, t) for one, y in zip(z, labels, strict=True)]
+    if name == "supervised":
+        return [slow_supervised(z, labels, i, t) for i in range(len(z))]
+    bank, known = torch.cat([z, prototypes]), labels + list(range(len(prototypes)))
+    return [slow_balanced(bank, known, i, t, name) for i in range(len(z))]
+
+
+def as_computed(name, z, prototypes, logits, target, t):
+    about = (z, z, target, target, torch.arange(len(z)))
+    if name == "parametric":
+        return parametric(*about, logits, temperature=t)
+    if name == "supervised":
+        return supervised(*about, temperature=t)
+    return balanced(*about, prototypes, temperature=t, variant=name)
+
+
+LOGITS = torch.tensor([[1.0, -1.0], [50.0, -50.0], [300.0, -300.0], [-300.0, 300.0]])
+
+
+@pytest.mark.parametrize("z", [OPPOSITE, units(4, dtype=torch.float32)], ids=["opposite", "random"])
+@pytest.mark.parametrize("t", [0.1, 0.01, 0.005])
+@pytest.mark.parametrize("name", ["supervised", "L1", "L2", "L3", "parametric"])
+def test_single_precision_is_enough_for_small_temperatures_and_large_logits(name, t, z):
+    """Value and gradient, against the definition in double precision, which bears exponentials of 300."""
+    labels, given = [0, 1, 0, 1], (z, units(2, z.shape[1], seed=1, dtype=torch.float32), LOGITS)
+    single = [value.clone().requires_grad_() for value in given]
+    double = [value.double().requires_grad_() for value in given]
+    found = as_computed(name, *single, torch.tensor(labels), t)
+    expected = torch.stack(as_defined(name, *double, labels, t))
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+    weight = torch.arange(1.0, 5.0)
+    both = [torch.autograd.grad((weight * loss).sum(), kind, allow_unused=True)
+            for loss, kind in ((found, single), (expected, double))]  # fmt: skip
+    one, other = (torch.cat([own.flatten() for own in grads if own is not None]) for grads in both)
+    assert (one - other).abs().max() <= 1e-5 * other.abs().max()
 
 
 def test_similarities_are_not_computed_in_half_precision():

@@ -32,6 +32,7 @@ def test_the_study_in_the_readme_is_one(tmp_path, monkeypatch):
         "docs/contrastive.md",
         "docs/deit_lt.md",
         "docs/decoupled.md",
+        "docs/experts.md",
         "docs/cluster.md",
         "docs/million_way.md",
         "docs/results.md",
