@@ -1,13 +1,13 @@
 """`python -m rayltr.adapt RUN --trial ID`: weights of the experts of a trial for images whose classes nobody knows.
 
 Two views of an image should be predicted alike: SADE (Zhang et al., NeurIPS 2022, section 4.2).  The network stays as
-it is, and what validation or test images really show is used for the printed comparison only.
+it is; targets serve the printed comparison only.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -118,12 +118,16 @@ def mirrored(stage: Stage) -> float:
 
 
 def learn(method: nn.Module, split: Split, device: torch.device, flip: float, options: argparse.Namespace) -> Tensor:
-    """The weights [E] on the CPU, the same for the same images, and said again by the same command."""
+    """The experts' weights [E] on the CPU; the same command learns the same.  Raises ValueError without images."""
     if not len(split):
         raise ValueError("there is no image to learn from")
-    take: Callable[[Tensor], Tensor] = lambda rows: pixels(split.take(rows.numpy()), device)  # noqa: E731
+
+    def take(rows: Tensor) -> Tensor:
+        return pixels(split.take(rows.numpy()), device)
+
     view, generator = partial(published_view, flip=flip), torch.Generator(device).manual_seed(0)
-    return aggregated(method, len(split), take, view, generator, epochs=options.epochs, steps=options.steps).cpu()
+    how = {"epochs": options.epochs, "steps": options.steps}
+    return aggregated(method, len(split), take, view, generator, **how).cpu()
 
 
 def compared(

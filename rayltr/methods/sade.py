@@ -1,15 +1,17 @@
 """Test-agnostic recognition by experts for different class frequencies: SADE (Zhang et al., NeurIPS 2022)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from rayltr.backbones import branched
-from rayltr.experts import Heads, named
+from rayltr.experts import Heads, is_expert, named
 from rayltr.interface import Batch, Parts
 from rayltr.parallel import all_sum, world
+from rayltr.views import simaugment
 
 EXPERTS = ("frequent", "uniform", "rare")
 """What each of the three experts is good at, and the name of its loss."""
@@ -87,46 +89,66 @@ def stability(one: Tensor, other: Tensor, weights: Tensor) -> Tensor:
 
 def aggregated(
     module: nn.Module,
-    batches: Sequence[Tensor],
+    number: int,
+    take: Callable[[Tensor], Tensor],
     view: Callable[[Tensor, Generator], Tensor],
     generator: Generator,
     *,
+    batch: int = 128,
     lr: float = 0.1,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     epochs: int = 5,
+    steps: int = 400,
     least: float = 0.05,
 ) -> Tensor:
     """Weights [E] of the experts, sum 1, under which two views of an image are predicted alike (paper, section 4.2).
 
-    module: any method with heads beside `main`.  batches: unlabelled test images, float [B,3,H,W] in [0, 1], on the
-    module's device, gone through `epochs` times (published: batches of 128 in random order).
-    view: such as `flip_crop` or `simaugment`, drawn twice for each image.  lr, momentum, weight_decay: of SGD with
-    Nesterov momentum (published: those of the training).  It ends early after an epoch in which a weight, rounded to
-    two decimals, is below `least`.  The network itself learns nothing.
+    module: any method with heads `expert1`, `expert2`, ...  take: the unlabelled images of given rows (int64 [B] on the
+    CPU, from 0 to `number` - 1), float [B,3,H,W] in [0, 1] on the module's device.  They are gone through `epochs`
+    times, each time in another order.  view: drawn twice for each image, see `published_view`.
+    lr, momentum, weight_decay: of SGD with Nesterov momentum (published: those of the training).  The network itself
+    learns nothing.
 
-    `combined(logits, weights)` of the experts' logits is then the prediction for these images.
+    It ends after `steps` batches (published: no limit; 395 are five epochs of CIFAR's test images), and before a step
+    after which a weight is below `least` (published: after an epoch at whose end one is, which may be far below).
+    Raises ValueError for a module without experts.
     """
     module.eval()
-    experts = _expert_logits(module, batches[0][:1]).shape[1]
-    free = torch.full((experts,), 1 / experts, device=batches[0].device, requires_grad=True)
+    experts = _expert_logits(module, take(torch.arange(1))).shape[1]
+    free = torch.full((experts,), 1 / experts, device=generator.device, requires_grad=True)
     sgd = torch.optim.SGD([free], lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
-    for _ in range(epochs):
-        for images in batches:
-            one, other = (_expert_logits(module, view(images, generator)) for _ in range(2))
-            sgd.zero_grad()
-            (-stability(one, other, free.softmax(0)).mean()).backward()
-            sgd.step()
-        if (100 * free.detach().softmax(0)).round().min() < 100 * least:
+    found = free.detach().softmax(0)
+    for rows in islice(shuffled(number, batch, epochs, generator), steps):
+        images = take(rows)
+        one, other = (_expert_logits(module, view(images, generator)) for _ in range(2))
+        sgd.zero_grad()
+        (-stability(one, other, free.softmax(0)).mean()).backward()
+        sgd.step()
+        changed = free.detach().softmax(0)
+        if changed.min() < least:
             break
-    return free.detach().softmax(0)
+        found = changed
+    return found
+
+
+def shuffled(number: int, batch: int, epochs: int, generator: Generator) -> Iterator[Tensor]:
+    """Rows int64 [B] on the CPU in batches, all of 0 to `number` - 1 in each epoch and each epoch in another order."""
+    for _ in range(epochs):
+        yield from torch.randperm(number, generator=generator, device=generator.device).cpu().split(batch)
+
+
+def published_view(images: Tensor, generator: Generator, *, flip: float = 0.5) -> Tensor:
+    """What the images are seen as: a padded crop (4 of 32 pixels), mirrored, colour jitter in 0.8 of the cases, no
+    colours in 0.2, blurred in 0.2."""
+    return simaugment(images, generator, crop="padded", flip=flip, jitter=0.8, grayscale=0.2, blur=0.2)
 
 
 @torch.no_grad()
 def _expert_logits(module: nn.Module, images: Tensor) -> Tensor:
-    """The logits of all heads but the first, float32 [B, E, C].  Raises ValueError if there is no other."""
+    """The logits of the experts, float32 [B, E, C].  Raises ValueError if there are none."""
     heads: Mapping[str, Tensor] = module.predict(images)  # type: ignore[operator]
-    _, *experts = heads.values()
+    experts = [z for head, z in heads.items() if is_expert(head)]
     if not experts:
         raise ValueError("aggregated needs a method with experts, such as sade, ride or ncl")
     return torch.stack(experts, 1).float()

@@ -1,14 +1,21 @@
 import math
-from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from rayltr import build, catalogue
-from rayltr.methods.sade import aggregated, combined, expertise, reversed_prior, shifts, stability
+from rayltr.methods.sade import (
+    aggregated,
+    combined,
+    expertise,
+    published_view,
+    reversed_prior,
+    shifts,
+    shuffled,
+    stability,
+)
 from rayltr.spec import fn
-from rayltr.views import VIEWS
 from tests.conftest import tiny
 from tests.methods.test_methods import FACTS, batch_of, built
 
@@ -103,12 +110,17 @@ def noisy(images, generator):
     return torch.cat([torch.rand(images[:, :1].shape, generator=generator), images[:, 1:]], 1)
 
 
-def batches(number=3):
-    return [*torch.rand(number, 16, 3, 8, 8, generator=torch.Generator().manual_seed(1)).unbind()]
+def images(number=48):
+    return torch.rand(number, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def seeded():
+    return torch.Generator().manual_seed(2)
 
 
 def learnt(**keywords):
-    return aggregated(Told(), batches(), noisy, torch.Generator().manual_seed(2), **keywords)
+    seen = images()
+    return aggregated(Told(), len(seen), seen.__getitem__, noisy, seeded(), **{"batch": 16, **keywords})
 
 
 def test_the_expert_whose_predictions_are_stable_gains_weight():
@@ -117,20 +129,36 @@ def test_the_expert_whose_predictions_are_stable_gains_weight():
     assert weights[2] > weights[1] > weights[0] and weights[2] > 0.5
 
 
-def test_it_ends_when_a_weight_is_small():
-    assert torch.equal(learnt(epochs=1, least=1.0), learnt(epochs=20, least=1.0))
+def test_no_weight_falls_below_the_floor_and_steps_are_limited():
+    free, floored = learnt(epochs=200, least=0.0), learnt(epochs=200, least=0.2)
+    assert free.min() < 0.1 and 0.2 <= floored.min() < 0.22, "it stops right before"
+    assert torch.equal(learnt(epochs=200, steps=6, least=0.0), learnt(epochs=2, least=0.0))
     assert not torch.equal(learnt(epochs=1, least=0.0), learnt(epochs=2, least=0.0))
-    assert learnt(epochs=200, least=0.2).min() > 0.1, "it does not go on for long after that"
+    torch.testing.assert_close(learnt(least=0.4), torch.full((3,), 1 / 3), msg="nothing satisfies such a floor")
+
+
+def test_each_epoch_has_all_rows_in_an_order_of_its_own():
+    parts = [*shuffled(10, 4, 3, seeded())]
+    assert [len(part) for part in parts] == 3 * [4, 4, 2]
+    epochs = [torch.cat(parts[first : first + 3]).tolist() for first in (0, 3, 6)]
+    assert all(sorted(own) == list(range(10)) for own in epochs)
+    assert len({tuple(own) for own in [*epochs, range(10)]}) == 4
 
 
 def test_the_weights_learn_by_nesterov_momentum_with_weight_decay():
     found = learnt(lr=0.5, momentum=0.9, weight_decay=0.1, epochs=2, least=0.0)
-    g, free, speed = torch.Generator().manual_seed(2), torch.full((3,), 1 / 3), torch.zeros(3)
+    g, free, speed = seeded(), torch.full((3,), 1 / 3), torch.zeros(3)
     for _ in range(2):
-        for images in batches():
-            one, other = (torch.stack([*Told().predict(noisy(images, g)).values()][1:], 1) for _ in range(2))
+        order = torch.randperm(48, generator=g)
+        for first in (0, 16, 32):
+            seen = images()[order[first : first + 16]]
+            one, other = (torch.stack([*Told().predict(noisy(seen, g)).values()][1:], 1) for _ in range(2))
             free.requires_grad_()
-            (gradient,) = torch.autograd.grad(-stability(one, other, free.softmax(0)).mean(), free)
+            w, cosines = free.softmax(0), []
+            for a, b in zip(one, other, strict=True):
+                p, q = (torch.softmax(w[0] * z[0] + w[1] * z[1] + w[2] * z[2], 0) for z in (a, b))
+                cosines.append((p * q).sum() / (p.norm() * q.norm()))
+            (gradient,) = torch.autograd.grad(-sum(cosines) / 16, free)
             free = free.detach()
             gradient = gradient + 0.1 * free
             speed = 0.9 * speed + gradient
@@ -140,20 +168,33 @@ def test_the_weights_learn_by_nesterov_momentum_with_weight_decay():
 
 @pytest.mark.parametrize("method", ["sade", "ride", "ncl"])
 def test_any_method_with_experts_can_be_aggregated_and_learns_nothing(method):
-    module = build.method(catalogue.complete(tiny(method=fn(method))), FACTS).train()
+    module, seen = build.method(catalogue.complete(tiny(method=fn(method))), FACTS).train(), images(16)
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    view = partial(VIEWS["flip_crop"], padding=1)
-    weights = aggregated(module, batches(1), view, torch.Generator().manual_seed(0), epochs=1)
+    weights = aggregated(module, 16, seen.__getitem__, published_view, seeded(), epochs=1)
     assert weights.shape == (3,) and weights.isfinite().all() and not weights.requires_grad
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert all(p.grad is None for p in module.parameters())
-    images = batches(1)[0]
-    heads = module.predict(images)
+    heads = module.predict(seen)
     experts = torch.stack([heads[f"expert{number}"] for number in (1, 2, 3)], 1)
     torch.testing.assert_close(combined(experts, torch.full((3,), 1 / 3)), heads["main"])
+
+
+def test_the_published_view_crops_mirrors_jitters_greys_and_blurs():
+    grey = torch.linspace(0, 1, 32).expand(2000, 3, 32, 32)  # darker to the left, no colours
+    colourful = grey * torch.tensor([1.0, 0.5, 0.2])[:, None, None]
+    seen = published_view(colourful, seeded(), flip=0.5)
+    grey_share = (seen.amax(1) - seen.amin(1)).amax((1, 2)).lt(1e-6).float().mean()
+    assert grey_share == pytest.approx(0.2, abs=0.03)
+    mirrored = (seen[..., 10].mean((1, 2)) > seen[..., 22].mean((1, 2))).float().mean()
+    assert mirrored == pytest.approx(0.5, abs=0.04)
+    assert not (published_view(colourful, seeded(), flip=0.0)[..., 4:28].mean((1, 2)).diff().mean(1) < 0).any()
+    board = ((torch.arange(32)[:, None] + torch.arange(32)) % 2).float().expand(2000, 3, 32, 32)
+    smooth = published_view(board, seeded())[..., 5:27, 5:27].diff(dim=-1).abs().amax((1, 2, 3)) < 0.05
+    # a Gaussian of s pixels leaves exp(-(pi s)^2) of it: a twentieth at 0.55, and s is uniform from 0.1 to 2
+    assert smooth.float().mean() == pytest.approx(0.2 * 1.45 / 1.9, abs=0.03)
 
 
 def test_a_method_without_experts_is_refused():
     module = build.method(catalogue.complete(tiny()), FACTS)
     with pytest.raises(ValueError, match="aggregated needs a method with experts, such as sade, ride or ncl"):
-        aggregated(module, batches(1), noisy, torch.Generator())
+        aggregated(module, 16, images(16).__getitem__, noisy, seeded())
