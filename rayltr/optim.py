@@ -62,7 +62,8 @@ class SAM(Optimizer):
     it.  Weight decay is the inner optimiser's and no part of g.
 
     Its param_groups, state and state_dict are the inner optimiser's: schedules act on both, and a run goes on from
-    a checkpoint bit for bit.  `guard` tells it the module that the closure calls.
+    a checkpoint bit for bit.  `guard` tells it the module that the closure calls; the closure may add up the
+    gradients of several batches.
     """
 
     def __init__(self, inner: Optimizer, *, rho: float = 0.05, adaptive: bool = False, sync: bool = False):
@@ -77,8 +78,11 @@ class SAM(Optimizer):
     def guard(self, module: nn.Module) -> None:
         """Lets the second pass leave the module's BatchNorm statistics alone.
 
+        Parts of it that have `passing(number)` are told which pass comes: 1, 2, and 0 when both are over.
         If the module has `no_sync` (DistributedDataParallel) the first pass runs under it: every worker climbs its
-        own gradient, as published, unless `sync` asks for the gradient of the whole batch.
+        own gradient, as published, unless `sync` asks for the gradient of the whole batch.  Its own is the gradient
+        of its own loss, and what flows back through gathered features and synchronised BatchNorm is that of all
+        workers' losses, by way of its own images.
         """
         self.guarded = module
 
@@ -86,17 +90,28 @@ class SAM(Optimizer):
     def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
         """Calls the closure at the weights and above them; returns the first loss.
 
-        Random numbers drawn by the closure are the same in both passes.  Does not climb a gradient that is not
-        finite.  The weights are restored whatever happens in the second pass.
+        Random numbers drawn by the closure are the same in both passes.  The weights are restored whatever happens in
+        the second pass.  A gradient that is not finite is not climbed, and the step is that of the inner optimiser
+        alone: it is not left out, so that a loss which is no number any more shows as it does without SAM.
         """
         evaluate = torch.enable_grad()(closure)
-        with self._first_pass():
-            loss = evaluate()
-        with self._climbed(), _kept(_statistics(self.guarded)):
-            self.zero_grad()
-            evaluate()
+        try:
+            self._tell(1)
+            with self._first_pass():
+                loss = evaluate()
+            self._tell(2)
+            with self._climbed(), _kept(_statistics(self.guarded)):
+                self.zero_grad()
+                evaluate()
+        finally:
+            self._tell(0)
         self.inner.step()
         return loss
+
+    def _tell(self, number: int) -> None:
+        for part in self.guarded.modules() if self.guarded is not None else ():
+            if hasattr(part, "passing"):
+                part.passing(number)  # type: ignore[operator]
 
     @contextmanager
     def _first_pass(self) -> Iterator[None]:
@@ -160,7 +175,8 @@ def sam(
     """SAM around `base`, which is sgd or adamw; adaptive SAM wants a `rho` about ten times larger.
 
     A keyword left at None is the base's own default.  `sync` climbs the gradient of all workers together instead of
-    each worker its own.  Raises ValueError for an unknown base and a keyword that the base does not have.
+    each worker its own (see `SAM.guard`).  Raises ValueError for an unknown base and a keyword that the base does not
+    have.
     """
     bases: dict[str, Callable[..., Optimizer]] = {"sgd": sgd, "adamw": adamw}
     if base not in bases:

@@ -187,6 +187,19 @@ def test_sam_does_not_climb_a_gradient_that_is_not_finite():
     assert loss.isnan() and seen[0].tolist() == [1.0, 2.0] and w.tolist() == [0.0, 1.0]
 
 
+def test_sam_shows_a_gradient_that_is_not_finite_as_its_base_does():
+    """To leave the step out would hide it: the loss here is finite at first, and the weights would stay for ever."""
+    ends = []
+    for name in ("sam", "sgd"):
+        w = nn.Parameter(torch.tensor([0.0, 4.0]))
+        optimiser, losses = OPTIMISERS[name]([w], lr=0.1), []
+        for _ in range(2):
+            optimiser.zero_grad()
+            losses.append(optimiser.step(passes(*[lambda w=w: (2 * w).sqrt().sum()] * 2)).isfinite().item())
+        ends.append((losses, w.isfinite().tolist()))
+    assert ends[0] == ends[1] == ([True, False], [False, True])
+
+
 def test_sam_without_any_gradient_does_nothing():
     model, idle = network(), nn.Parameter(torch.ones(2))
     optimiser = OPTIMISERS["sam"]([idle])

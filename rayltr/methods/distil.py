@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from rayltr.interface import Batch, Parts
 from rayltr.methods import supervised
 from rayltr.methods.dive import divergence
-from rayltr.parallel import all_sum, synchronised, world
+from rayltr.parallel import mean, synchronised
 
 STATISTICS = ("running", "batch")
 
@@ -55,8 +55,7 @@ class Method(supervised.Method):
         with torch.no_grad():
             taught = next(iter(self.teacher[0].predict(batch.views[0]).values()))  # type: ignore[union-attr, operator]
         far = divergence(self.head(features), taught, self.temperature, 1.0)
-        mean = far.sum() * world() / all_sum(far.new_tensor(len(far)))
-        return {"loss": self.compared(self.hard(features), features, batch), "distilled": self.distil * mean}
+        return {"loss": self.compared(self.hard(features), features, batch), "distilled": self.distil * mean(far)}
 
     def predict(self, images: Tensor) -> dict[str, Tensor]:
         """Logits [B,C] by head."""

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from rayltr.interface import Batch, Parts
 from rayltr.methods import supervised
-from rayltr.parallel import all_sum, world
+from rayltr.parallel import mean
 
 
 class Method(supervised.Method):
@@ -47,9 +47,8 @@ class Method(supervised.Method):
         with torch.no_grad():
             taught = next(iter(self.teacher[0].predict(batch.views[0]).values()))  # type: ignore[union-attr, operator]
         far = divergence(logits, taught, self.temperature, self.power)
-        mean = far.sum() * world() / all_sum(far.new_tensor(len(far)))
         loss = self.compared(logits, features, batch)
-        return {"distilled": self.alpha * mean, "loss": (1 - self.alpha) * loss}
+        return {"distilled": self.alpha * mean(far), "loss": (1 - self.alpha) * loss}
 
 
 def divergence(logits: Tensor, taught: Tensor, temperature: float, power: float) -> Tensor:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from rayltr.contrast import parametric
 from rayltr.interface import Batch, Parts
 from rayltr.momentum import Queue
-from rayltr.parallel import all_sum, gather_rows, world
+from rayltr.parallel import gather_rows, mean
 
 
 class Method(nn.Module):
@@ -52,7 +52,6 @@ class Method(nn.Module):
                         "smoothing": smoothing}  # fmt: skip
         self.register_buffer("counts", parts.counts, persistent=False)
         self.fresh = ("project.", "queue.")
-        self.step: tuple[Tensor, Tensor, Tensor] | None = None
 
     def keep(self) -> list[str]:
         """What predicts."""
@@ -65,22 +64,15 @@ class Method(nn.Module):
         target = batch.target.repeat(len(batch.views))
         rows, start = gather_rows(anchors)
         labels, _ = gather_rows(target)
-        old, old_labels = self._queued(batch, anchors)
         place = start + torch.arange(len(target), device=target.device)
         n = self.counts.to(wide).clamp(min=1)
         logits = (self.head(features).to(wide) + (n / n.sum()).log()) / self.class_temperature
-        bank, known = torch.cat([rows, old.to(rows)]), torch.cat([labels, old_labels])
+        bank, known = torch.cat([rows, self.queue.rows.to(rows)]), torch.cat([labels, self.queue.labels])
+        if self.training:
+            keys, _ = gather_rows(anchors[len(batch.target) :].detach())
+            self.queue.push(keys, gather_rows(batch.target)[0])
         losses = parametric(anchors, bank, target, known, place, logits, **self.weights)
-        return {"contrast": losses.sum() * world() / all_sum(losses.new_tensor(len(losses)))}
-
-    def _queued(self, batch: Batch, anchors: Tensor) -> tuple[Tensor, Tensor]:
-        """The queue as the step found it; then view 2 joins it, once however often the batch passes (SAM)."""
-        if self.step is None or self.step[0] is not batch.target:
-            self.step = (batch.target, *self.queue.content())
-            if self.training:
-                keys, _ = gather_rows(anchors[len(batch.target) :].detach())
-                self.queue.push(keys, gather_rows(batch.target)[0])
-        return self.step[1:]
+        return {"contrast": mean(losses)}
 
     def predict(self, images: Tensor) -> dict[str, Tensor]:
         """Logits [B,C] by head."""

@@ -12,7 +12,7 @@ from rayltr.interface import Batch, Parts
 from rayltr.methods import supervised
 from rayltr.methods.rotation import TURNS, guessed, turned
 from rayltr.momentum import Followers, Queue
-from rayltr.parallel import all_sum, gather_rows, world
+from rayltr.parallel import gather_rows, mean
 
 
 class Method(supervised.Method):
@@ -63,7 +63,6 @@ class Method(supervised.Method):
         self.contrast, self.rotation, self.groups = contrast, rotation, groups
         self.temperature, self.momentum = temperature, momentum
         self.fresh = (*self.fresh, "project.", "slow.", "queue.", "angle.")
-        self.step: tuple[Tensor, Tensor, Tensor] | None = None
 
     def keep(self) -> list[str]:
         """What predicts."""
@@ -77,27 +76,19 @@ class Method(supervised.Method):
         seen = self.backbone(images if copies is None else torch.cat([images, copies]))
         features, others = seen.tensor_split([len(images)])
         losses = self._instances(self.project(features), batch)
-        mean = losses.sum() * world() / all_sum(losses.new_tensor(len(losses)))
-        terms = {"loss": self.compared(self.head(features), features, batch), "contrast": self.contrast * mean}
+        terms = {"loss": self.compared(self.head(features), features, batch), "contrast": self.contrast * mean(losses)}
         if turns is not None:
             terms["rotation"] = self.rotation * guessed(self.angle(others), turns)
         return terms
 
     def _instances(self, projected: Tensor, batch: Batch) -> Tensor:
-        """The contrast [B] with the queue as the step finds it; then the keys of all workers join it.
-
-        A second pass over the same batch (SAM) sees the queue of the first, and moves nothing.
-        """
-        again = self.step is not None and self.step[0] is batch.target
-        if not again:
-            self.slow.follow(self.backbone, self.project, momentum=self.momentum)
-            self.step = (batch.target, *self.queue.content())
-        assert self.step is not None
+        """The contrast [B] with the queue as the batch finds it; then the keys of all workers join it."""
+        self.slow.follow(self.backbone, self.project, momentum=self.momentum)
+        rows, known = self.queue.content()
         labels, start = gather_rows(batch.target)
         keys = self._keys(batch.views[1], start)
-        if not again and self.training:
+        if self.training:
             self.queue.push(gather_rows(keys)[0], labels)
-        _, rows, known = self.step
         return instance_contrast(unit(projected), keys, rows, batch.target, known, self.temperature)
 
     def _keys(self, images: Tensor, start: int) -> Tensor:

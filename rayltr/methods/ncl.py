@@ -11,7 +11,7 @@ from rayltr.backbones import branched
 from rayltr.experts import Heads, named
 from rayltr.interface import Batch, Parts
 from rayltr.momentum import Followers, Queue
-from rayltr.parallel import all_sum, gather_rows, world
+from rayltr.parallel import gather_rows, mean
 
 TINY = 1e-9
 """Added to the probabilities that are learnt, as published: it bounds the divergence."""
@@ -62,7 +62,6 @@ class Method(nn.Module):
             self.queues = nn.ModuleList(Queue(queue, out) for _ in range(experts))
         self.register_buffer("counts", parts.counts, persistent=False)
         self.fresh = ("project.", "slow.", "queues.")
-        self.step: tuple[Tensor, Tensor] | None = None
 
     def keep(self) -> list[str]:
         """What predicts."""
@@ -80,24 +79,21 @@ class Method(nn.Module):
         }
         if self.contrast:
             losses["contrast"] = self.contrast * self._instances(batch, features)
-        return {name: own.sum() * world() / all_sum(own.new_tensor(len(own))) for name, own in losses.items()}
+        return {name: mean(own) for name, own in losses.items()}
 
     def _instances(self, batch: Batch, features: Tensor) -> Tensor:
-        """The instance contrast [B]; queues and followers move once however often the batch passes (SAM)."""
+        """The instance contrast [B] with the queues as the batch finds them; then the keys join them."""
         if len(batch.views) < 2:
             raise ValueError("ncl with contrast compares two views of each image, the stage has one")
-        again = self.step is not None and self.step[0] is batch.target
-        if not again:
-            self.slow.follow(self.backbone, self.project, momentum=self.momentum)
-            self.step = (batch.target, torch.stack([queue.rows.clone() for queue in self.queues]))  # type: ignore
-        assert self.step is not None
+        self.slow.follow(self.backbone, self.project, momentum=self.momentum)
+        queued = torch.stack([queue.rows for queue in self.queues])  # type: ignore[misc]
         keys = F.normalize(self.slow(batch.views[1]), dim=2)
-        if not again and self.training:
+        if self.training:
             rows, _ = gather_rows(keys)
             for queue, own in zip(self.queues, rows.unbind(1), strict=True):
                 queue.push(own, rows.new_zeros(len(rows), dtype=torch.long))  # type: ignore[operator]
         queries = F.normalize(self.project(features), dim=2)
-        return instance_contrast(queries, keys, self.step[1], self.temperature)
+        return instance_contrast(queries, keys, queued, self.temperature)
 
     def predict(self, images: Tensor) -> dict[str, Tensor]:
         """Logits [B,C] by head."""

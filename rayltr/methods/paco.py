@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from rayltr.contrast import Projector, parametric
 from rayltr.interface import Batch, Parts
 from rayltr.momentum import Followers, Queue
-from rayltr.parallel import all_sum, gather_rows, world
+from rayltr.parallel import gather_rows, mean
 
 
 class Method(nn.Module):
@@ -51,7 +51,6 @@ class Method(nn.Module):
         self.weights = {"alpha": alpha, "beta": beta, "gamma": gamma, "temperature": temperature}
         self.register_buffer("counts", parts.counts, persistent=False)
         self.fresh = ("project.", "slow.", "queue.")
-        self.step: tuple[Tensor, Tensor, Tensor] | None = None
 
     def keep(self) -> list[str]:
         """What predicts."""
@@ -64,7 +63,7 @@ class Method(nn.Module):
         place = start + torch.arange(len(queries), device=queries.device)
         centred = self.rebalanced(logits)
         losses = parametric(queries, rows, batch.target, labels, place, centred, **self.weights)
-        return {"contrast": losses.sum() * world() / all_sum(losses.new_tensor(len(losses)))}
+        return {"contrast": mean(losses)}
 
     def rebalanced(self, logits: Tensor) -> Tensor:
         """The logits with the log prior added, over their temperature, in float32 or wider."""
@@ -75,20 +74,17 @@ class Method(nn.Module):
     def _bank(self, batch: Batch, queries: Tensor) -> tuple[Tensor, Tensor, int]:
         """What the queries are compared with: those of all workers, all keys, the queue; where one's own begin.
 
-        A second pass over the same batch (SAM) sees the queue of the first, and moves nothing.
+        Then the keys join the queue.
         """
-        again = self.step is not None and self.step[0] is batch.target
-        if not again:
-            self.slow.follow(self.backbone, self.project, momentum=self.momentum)
-            self.step = (batch.target, *self.queue.content())
-        assert self.step is not None
+        self.slow.follow(self.backbone, self.project, momentum=self.momentum)
         keys, _ = gather_rows(self.slow(batch.views[1]))
         labels, _ = gather_rows(batch.target)
-        _, old, old_labels = self.step
-        if not again and self.training:
+        own, start = gather_rows(queries)
+        bank = torch.cat([own, keys, self.queue.rows.to(own)])
+        known = torch.cat([labels, labels, self.queue.labels])
+        if self.training:
             self.queue.push(keys, labels)
-        bank, start = gather_rows(queries)
-        return torch.cat([bank, keys, old.to(bank)]), torch.cat([labels, labels, old_labels]), start
+        return bank, known, start
 
     def predict(self, images: Tensor) -> dict[str, Tensor]:
         """Logits [B,C] by head."""

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from rayltr.backbones import branched
 from rayltr.experts import Heads
 from rayltr.interface import Batch, Parts
-from rayltr.parallel import all_sum, world
+from rayltr.parallel import mean
 
 
 class Method(nn.Module):
@@ -58,7 +58,7 @@ class Method(nn.Module):
             means = running_means(self.head(features))
         asked = torch.stack([self.ask(i, features[:, i], means[:, i]) for i in range(len(self.hidden))], 1)
         losses = misjudged(asked, helped(means, batch.target), self.positive)
-        return {"routing": losses.sum() * world() / all_sum(losses.new_tensor(len(losses)))}
+        return {"routing": mean(losses)}
 
     def ask(self, router: int, features: Tensor, mean: Tensor) -> Tensor:
         """The logit [B] of asking one more expert, for the last one's features [B, D] and the mean logits [B, C]."""

@@ -6,7 +6,7 @@ from torch import Tensor
 from rayltr.contrast import Projector, supervised
 from rayltr.interface import Batch, Parts
 from rayltr.methods import supervised as plain
-from rayltr.parallel import all_sum, gather_rows, world
+from rayltr.parallel import gather_rows, mean
 
 
 class Method(plain.Method):
@@ -57,6 +57,5 @@ class Method(plain.Method):
         labels, _ = gather_rows(target)
         place = start + torch.arange(len(target), device=target.device)
         losses = supervised(anchors, bank, target, labels, place, temperature=self.temperature)
-        contrast = losses.sum() * world() / all_sum(losses.new_tensor(len(losses)))
         loss = self.compared(self.head(first), first, batch)
-        return {"contrast": self.contrast * contrast, "loss": self.ce * loss}
+        return {"contrast": self.contrast * mean(losses), "loss": self.ce * loss}
