@@ -123,8 +123,8 @@ class Run:
     def ablated(self) -> list[tuple[Trial, Trial]]:
         """Pairs of a trial and the same with one choice set back."""
         done = {trial.id: trial for trial in self.trials if _whole(trial.row)}
-        found = ((done.get(t.id.removesuffix(f"-{choice.ablated(t.row)}")), t) for t in done.values())
-        return [(whole, other) for whole, other in found if whole and whole is not other]
+        wholes = {i: done.get(i.removesuffix(choice.ablated(t.row)) + choice.WHOLE) for i, t in done.items()}
+        return [(whole, done[i]) for i, whole in wholes.items() if whole and whole is not done[i]]
 
     @property
     def measured(self) -> list[Trial]:

@@ -63,13 +63,17 @@ def rung_of(row: Mapping[str, Any]) -> int:
     return int(row["trial"].partition("+")[0].partition(".")[2] or 0)
 
 
+WHOLE = "nothing"
+"""What is set back in the trial that an ablation compares the others with."""
+
+
 def repeated(row: Mapping[str, Any]) -> bool:
     """Whether a trial is another one with a seed of its own, 0007+1, 0007+2, and perhaps `ablated`."""
     return "+" in row["trial"].rpartition("/")[2]
 
 
 def ablated(row: Mapping[str, Any]) -> str:
-    """The choice of the winner that is set back in a trial, mixing in 0007+1-mixing; empty in all others."""
+    """The choice of the winner that is set back in a trial, mixing in 0007+1-mixing; empty in all but an ablation."""
     return row["trial"].rpartition("/")[2].partition("+")[2].partition("-")[2]
 
 

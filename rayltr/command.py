@@ -181,6 +181,8 @@ def described(source: Fn, data: Data) -> str:
     return (
         f"{source.get('root', source.name)}{built}: {len(data.classes)} classes, {counts.sum()} training images "
         f"({counts.max()} to {counts.min()} per class), {len(data.val)} validation images"
+        + "; they are not long-tailed, --ratio R makes them so"
+        * bool(counts.max() < 2 * counts.min())
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from rayltr import records
 from rayltr.ablation import set_back, winner
 from rayltr.agenda import Agenda, Job
-from rayltr.choice import SEEDS, finalists, rung_of
+from rayltr.choice import SEEDS, WHOLE, finalists, rung_of
 from rayltr.proposals import Proposals, ended
 from rayltr.spec import Stage, mapped
 
@@ -34,7 +34,7 @@ def ablation(proposals: Proposals, seed: int) -> list[Job]:
         return []
     params = proposals.params(row, proposals.drawn())
     made = []
-    for name, point in {"": params, **set_back(proposals.space, params)}.items():
+    for name, point in {WHOLE: params, **set_back(proposals.space, params)}.items():
         plain = proposals.job(row["number"], rung_of(row), point, -1)
         made.append(replace(plain, seed=1, without=name, stage=plain.stage and reseeded(plain.stage, seed + 1)))
     return made

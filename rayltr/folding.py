@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from rayltr import build
 from rayltr.backbones import Normalised
+from rayltr.experts import Heads
 from rayltr.interface import Facts
 from rayltr.metrics import fit
 from rayltr.records import Predictions, read_predictions
@@ -78,6 +79,8 @@ def folded(method: nn.Module, adjustment: Adjustment) -> Shipped:
 
     Raises ValueError when its head is not linear in its features, of any or of unit length.
     """
+    if isinstance(method.head, Heads):
+        raise ValueError("this method has a classifier for each of its experts, not one")
     backbone, head = method.backbone.double().eval(), method.head.double().eval()  # type: ignore[union-attr, operator]
     one = torch.eye(backbone.dim, dtype=torch.float64)  # type: ignore[arg-type]
     normalise = bool(torch.allclose(head(2 * one), head(one)))

@@ -43,7 +43,7 @@ def connect(address: str | None, dashboard: bool) -> str:
     One port is out of reach: while a trial of several workers runs, torch's rendezvous store listens on every
     interface, and torch has no option for it.
 
-    Raises `Shortage` when no cluster answers at the address.
+    Raises `Shortage` when no cluster answers at the address, or Ray does not start here.
     """
     os.environ |= ENVIRONMENT
     os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] = str(int(dashboard))  # for the dashboard's page of Ray Train
@@ -67,7 +67,14 @@ def started(dashboard: bool) -> Any:
     for library in ("GLOO", "NCCL"):  # else the workers of a trial talk through the interface of the host's name
         os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # one process less: nobody reclaims this machine
-    return ray.init(address="local", include_dashboard=dashboard, resources={DRIVER: 1000}, **QUIET)
+    for last in (False, True):
+        try:
+            return ray.init(address="local", include_dashboard=dashboard, resources={DRIVER: 1000}, **QUIET)
+        except Exception as error:  # Ray has no class of its own for processes that do not come up in time
+            ray.shutdown()
+            if last:
+                raise Shortage(f"Ray does not start on this machine, which may be too busy: {error}") from error
+    return None
 
 
 def fitted(cpus: int, gpus: float, workers: int, concurrent: int, growing: int = 0) -> tuple[float, int, int]:

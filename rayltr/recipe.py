@@ -147,7 +147,8 @@ def recorded(run: Path, trial: str | None) -> Mapping[str, Any]:
 def preset(study: Study, name: str | None) -> str:
     """The name of the preset that is meant: `paper`, or a study's only one, unless one is named."""
     if not study.named:
-        raise ValueError(f"the study {study.name} has no presets: it defines no PAPER")
+        raise ValueError(f"the study {study.name} has no presets to train: give its file PAPER = {{...}}, a value for "
+                         "each of its parameters, or search it with rayltr.search")  # fmt: skip
     if name is None:
         name = "paper" if "paper" in study.named else study.named[0]
         if name != "paper" and len(study.named) > 1:

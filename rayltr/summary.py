@@ -14,7 +14,7 @@ from analysis import fidelity
 from analysis.load import load
 from analysis.pareto import front
 from rayltr import records
-from rayltr.choice import ablated, best, repeated, score
+from rayltr.choice import WHOLE, ablated, best, repeated, score
 from rayltr.progress import Progress, described
 
 HEADS = ("balanced", "many", "medium", "few")
@@ -100,15 +100,22 @@ def finalists_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def ablation_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """What the winner loses with each of its choices set back, in points, on the same seed; "" without an ablation."""
     done = {row["trial"]: row for row in rows if row["state"] == "complete"}
-    lines = []
-    for row in filter(ablated, done.values()):
-        whole = done.get(row["trial"].partition("-")[0])
-        names = [f"fitted_{head}" for head in HEADS]
-        lost = [100 * (score(row, name) - score(whole, name)) if whole else math.nan for name in names]
-        cells = "".join(f"{value:+15.1f}" for value in lost)
-        lines.append(f"{ablated(row)[:22]:22}{cells}")
-    head = f"{'ablation':22}{''.join(f'{name:>15}' for name in HEADS)}   points on validation, one choice set back"
-    return "\n".join([head, *lines]) if lines else ""
+    names, tables = [f"fitted_{head}" for head in HEADS], []
+    for whole in (row for row in done.values() if ablated(row) == WHOLE):
+        origin = whole["trial"].removesuffix(f"-{WHOLE}")
+        head = f"{f'{origin} without':34}" + "".join(f"{name:>10}" for name in HEADS)
+        lines = [f"{head}   % of it whole, and change in points", f"{WHOLE:34}{cells(whole, names, '10.1f')}"]
+        for row in (row for row in done.values() if row["trial"].startswith(f"{origin}-") and row is not whole):
+            name = ablated(row)
+            said = f"{name}: {row.get(f'p.{name}')}, not {whole.get(f'p.{name}')}"
+            lines.append(f"{said[:33]:34}{cells(row, names, '+10.1f', whole)}")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def cells(row: Mapping[str, Any], names: Sequence[str], form: str, other: Mapping[str, Any] | None = None) -> str:
+    """Scores in per cent, or how far they are from those of another trial."""
+    return "".join(format(100 * (score(row, name) - (score(other, name) if other else 0.0)), form) for name in names)
 
 
 def spread(values: Sequence[float]) -> str:

@@ -164,6 +164,8 @@ def searched(settings: Settings, progress: Progress) -> bool:
     if not trained(settings, first, left):
         return False
     more = later()
+    if settings.ablate and records.read_run(settings.run)["ablation"] == []:
+        progress.say("nothing to ablate: the best trial is plain, of the control arm")
     final = Ledger(settings, proposals, finalists.agenda(more), progress, Boards(settings.run))
     if more and (first.leaving or not trained(settings, final, len(more))):
         return False

@@ -55,9 +55,9 @@ def test_the_winner_is_trained_again_with_each_of_its_choices_set_back(proposals
     better = {name: value for name, value in row_of(3, 0.8).items() if not name.startswith("p.")}
     records.append_trial(proposals.run, better | {f"p.{name}": value for name, value in mixed.items()})
     made = {job.trial: job for job in finalists.ablation(proposals, 5)}
-    assert list(made) == ["0003+1", "0003+1-mixing", "0003+1-loss"]
+    assert list(made) == ["0003+1-nothing", "0003+1-mixing", "0003+1-loss"]
     whole = PLAN.stage(study, mixed)
-    assert made["0003+1"].stage == reseeded(whole)
+    assert made["0003+1-nothing"].stage == reseeded(whole)
     gone = ("finetune", "alpha", "mixing")
     without = {name: value for name, value in mixed.items() if name not in gone} | {"mixing": "none"}
     assert made["0003+1-mixing"].stage == reseeded(PLAN.stage(study, without))
@@ -70,9 +70,12 @@ def reseeded(stage):
 
 def test_what_is_left_is_what_nobody_has_trained_and_the_run_knows_its_ablation(proposals):
     records.append_trial(proposals.run, row_of(1, 0.7, trial="0001+1"))
+    records.append_trial(proposals.run, row_of(1, 0.7, trial="0001+1-nothing"))
     assert [job.trial for job in finalists.left(proposals, 5, 1, True)] == [
         "0001+2", "0001+3", "0000+1", "0000+2", "0000+3"]  # fmt: skip
-    assert records.read_run(proposals.run)["ablation"] == ["0001+1"], "plain cross-entropy has nothing to set back"
+    assert records.read_run(proposals.run)["ablation"] == ["0001+1-nothing"], (
+        "plain cross-entropy has nothing to set back"
+    )
     assert finalists.left(proposals, 5, 0, False) == []
 
 

@@ -44,7 +44,7 @@ def ablation(evidence: Evidence) -> Figure | None:
     whole = max((one for one, _ in pairs), key=lambda trial: trial.row["ended"])
     parts = [part(evidence, whole, other) for one, other in pairs if one is whole]
     parts.sort(key=lambda own: change.value if (change := own.changes["balanced"]) else 0.0)
-    return ablated.ablation(whole.id, parts, evidence.paired)
+    return ablated.ablation(whole.id.removesuffix(f"-{choice.WHOLE}"), parts, evidence.paired)
 
 
 def part(evidence: Evidence, whole: Trial, other: Trial) -> Part:

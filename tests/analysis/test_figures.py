@@ -124,7 +124,7 @@ def ablated(tmp_path):
     run = make_run(tmp_path / "run", trials=10, classes=12, failed=1)
     rows = records.read_trials(run).to_pylist()
     origin = max(rows[1:4], key=lambda row: row["m.val.fitted_balanced"])
-    without = {"": {}, "-loss": {"p.loss": "plain"}, "-deferred": {"p.deferred": False}}
+    without = {"-nothing": {}, "-loss": {"p.loss": "plain"}, "-deferred": {"p.deferred": False}}
     for row, (name, other) in zip(rows[5:8], without.items(), strict=True):
         scores = {key: value for key, value in row.items() if key.startswith(("m.", "predictions"))}
         records.append_trial(run, {**origin, **other, **scores, "trial": f"{origin['trial']}+1{name}", "seed": 1})
@@ -136,7 +136,7 @@ def test_the_ablation_compares_the_winner_with_itself_image_by_image(ablated):
     found = Evidence(load(run))
     figure = why.ablation(found)
     by_id = {trial.id: trial for trial in found.run.trials}
-    whole, table = by_id[f"{origin}+1"], {row[0].text: row for row in figure.table.rows}
+    whole, table = by_id[f"{origin}+1-nothing"], {row[0].text: row for row in figure.table.rows}
     assert set(table) == {"loss", "deferred"} and table["loss"][2].text == "plain"
     for name, row in table.items():
         other = by_id[f"{origin}+1-{name}"]
@@ -145,7 +145,7 @@ def test_the_ablation_compares_the_winner_with_itself_image_by_image(ablated):
     changes = [row[3].value for row in figure.table.rows]
     assert changes == sorted(changes), "the largest loss first"
     assert {trial.id for trial in found.trials} == {f"{number:04d}" for number in range(9)}, "they choose nothing"
-    assert [[one.id for one in again] for again in found.fresh.values()] == [[whole.id]]
+    assert found.fresh == {}, "nor are they finalists"
 
 
 def test_without_an_ablation_nothing_is_drawn(shared):

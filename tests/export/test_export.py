@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from rayltr import build, data, export, model_card, recipe, records
 from rayltr.command import FAILED, PREFLIGHT, USAGE
-from rayltr.folding import Adjustment, folded
+from rayltr.folding import Adjustment, Headed, folded, shipped
 from rayltr.interface import Facts
 from rayltr.metrics import fit
 from rayltr.shipping import opened
@@ -128,6 +128,17 @@ def test_every_head_folds_into_one_linear_classifier(head, images):
     found = folded(method, Adjustment(1.5, 0.7, facts.counts))
     assert found.normalise == (head.name == "cosine")
     np.testing.assert_allclose(said(found.eval(), images), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ride", "sade", "ncl", "supervised"])
+def test_models_with_a_head_for_each_expert_are_shipped_whole(name, images):
+    facts = Facts(("a", "b", "c"), np.array([90, 9, 1]), (0.4, 0.5, 0.6), (0.2, 0.3, 0.2), (8, 8))
+    method = build.method(tiny(method=fn(name)), facts).eval()
+    with torch.no_grad():
+        z = method.predict(floats(images))["main"].numpy()
+    made = shipped(method, "main", Adjustment(1.5, 0.7, facts.counts), (8, 8), fold=True)
+    assert isinstance(made, Headed) == (name != "supervised")
+    np.testing.assert_allclose(said(made, images), z / 0.7 - 1.5 * np.log(facts.counts / 100), atol=1e-4)
 
 
 def test_a_head_that_is_not_linear_is_refused():
