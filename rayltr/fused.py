@@ -12,22 +12,23 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @contextmanager
-def fused(module: nn.Module) -> Iterator[None]:
-    """Inside, a module in eval mode predicts the same with fewer operations; afterwards it is what it was.
+def fused(*modules: nn.Module) -> Iterator[None]:
+    """Inside, modules in eval mode predict the same with fewer operations; afterwards they are what they were.
 
-    Only convolutions and BatchNorms are exchanged, in their places, so a prediction may take any path through the
-    modules around them.  What cannot be traced stays as it is.
+    They are traced, so they are to be networks: the forward of a method would call its loss.  Only convolutions and
+    BatchNorms are exchanged, in their places, so a prediction may take any path through the modules around them.  What
+    cannot be traced stays as it is.
     """
-    before: dict[str, nn.Module] = {}
+    before: list[tuple[nn.Module, str, nn.Module]] = []
     try:
-        for first, second in pairs(module):  # one by one: parts that have two names are found whole only once
-            before[first], before[second] = module.get_submodule(first), module.get_submodule(second)
-            joint = fuse_conv_bn_eval(before[first], before[second])  # type: ignore[type-var, arg-type]
-            module.set_submodule(first, joint)
+        for module, (first, second) in ((own, pair) for own in modules for pair in pairs(own)):
+            one, other = module.get_submodule(first), module.get_submodule(second)
+            before += [(module, first, one), (module, second, other)]
+            module.set_submodule(first, fuse_conv_bn_eval(one, other))  # type: ignore[type-var, arg-type]
             module.set_submodule(second, nn.Identity())
         yield
     finally:
-        for name, own in before.items():
+        for module, name, own in before:
             module.set_submodule(name, own)
 
 

@@ -252,7 +252,7 @@ def predict(
     parts = []
     rows = [np.arange(first, min(first + size, len(split))) for first in range(0, len(split), size)]
     # BatchNorm stays by itself in fp32, so that no bit of those predictions depends on how they are made
-    with fused(module) if precision == "bf16" else nullcontext():
+    with fused(*module.children()) if precision == "bf16" else nullcontext():
         for images in taken(split, rows):
             with arithmetic(precision, device):
                 found = module.predict(pixels(images, device))  # type: ignore[operator]

@@ -307,6 +307,15 @@ def test_predict_does_not_depend_on_the_batch_size():
     np.testing.assert_allclose(predict(module, Images(), torch.device("cpu"), size=7)["main"], whole, atol=1e-5)
 
 
+def test_a_prediction_computes_no_loss(monkeypatch):
+    """Not even while the network is traced: the loss may be the user's, and write files."""
+    calls = []
+    monkeypatch.setattr(supervised.Method, "forward", lambda self, batch: calls.append(batch))
+    module = build.method(catalogue.complete(tiny()), FACTS)
+    predict(module, load(tiny().source).val, torch.device("cpu"), "bf16")
+    assert not calls
+
+
 @pytest.mark.parametrize(("precision", "inside"), [("fp32", False), ("bf16", True)])
 def test_only_rounded_predictions_have_their_norms_inside_the_convolutions(precision, inside):
     module, seen = build.method(catalogue.complete(tiny()), FACTS), []

@@ -93,4 +93,4 @@ def test_the_chain_notes_the_first_call_of_every_stage(tmp_path, monkeypatch):
 def test_a_search_beside_the_loop_and_a_chain_on_two_workers(capfd):
     overhead.main(["--trials", "4"])
     said = capfd.readouterr().out
-    assert "seconds per trivial trial" in said and "one Train run" in said and "more than" not in said
+    assert "seconds per trivial trial" in said and "one Train run" in said
