@@ -116,7 +116,7 @@ class Run:
 
     def repeats(self, trial: Trial) -> list[Trial]:
         """The finished trainings of a trial's recipe with fresh seeds, which the search did not choose it by."""
-        own = [one for one in self.trials if one.id.startswith(f"{trial.id}+") and not choice.ablated(one.row)]
+        own = [one for one in self.trials if one.id.startswith(f"{trial.id}+") and choice.finalist(one.row)]
         return [one for one in own if _whole(one.row) and (one.packed is not None or trial.packed is None)]
 
     @property

@@ -75,5 +75,5 @@ def epochs(trials: Iterable[Trial]) -> dict[str, dict[str, list[Floats]]]:
 
 def inspected(trial: Trial) -> dict[str, Any] | None:
     """What `rayltr.inspect` measured of a trial; None if it has not, or only of another training of that name."""
-    found = records.read_inspected(trial.folder, trial.row["trial"])
+    found = records.read_note(trial.folder, "inspected", trial.row["trial"])
     return found if found and found.get("address") == trial.row["address"] else None

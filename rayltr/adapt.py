@@ -8,7 +8,6 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rayltr import command, folding, records, studies
+from rayltr import command, folding, recipe, records
 from rayltr.command import Refused
 from rayltr.data import Data, Split
 from rayltr.data.images import Lazy
+from rayltr.evaluate import both
 from rayltr.experts import is_expert
 from rayltr.interface import Resources
 from rayltr.methods.sade import aggregated, combined, published_view
-from rayltr.metrics import fit, groups, scores
+from rayltr.metrics import fit, groups
 from rayltr.predict import decoded, found
-from rayltr.recipe import own_files, recorded
 from rayltr.records import Predictions
 from rayltr.spec import Stage, parse
 from rayltr.train import pixels, predict
@@ -55,10 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(options, name)}")
     run = Path(options.run).absolute()
-    for file in own_files(run):
-        studies.find(str(file))  # its functions may be part of the recipe
-    rows = records.read_trials(run).to_pylist()
-    row = recorded(run, options.trial or (rows[0]["trial"] if len(rows) == 1 else None))
+    row = recipe.row_of(run, options.trial)
     if row["state"] != "complete":
         raise ValueError(f"trial {row['trial']} is {row['state']} and has no experts to weigh")
     command.usable(options.device)
@@ -82,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "measured_on": "test" if options.test else "validation",
         **compared(logits, split.target if options.test else val.target, val, experts, learnt),
     }
-    records.save(folding.adapted(run, row), json.dumps(note, indent=1).encode())
+    records.write_note(run, "adapted", row["trial"], note)
     print("\n".join(told(note)))
     print(f"next: python -m rayltr.export {options.run} --trial {row['trial']} --adapted --out DIR")
     return 0
@@ -106,9 +102,7 @@ def known(run: Path, row: Mapping[str, Any], data: Data, val: Predictions, test:
     if not test:
         return data.val
     with command.locked(run):
-        info = records.read_run(run)
-        opening = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "trials": [row["trial"]]}
-        records.write_run(run, {**info, "openings": [*info["openings"], opening]})
+        command.count_opening(run, [row["trial"]])
     return data.unseal()
 
 
@@ -144,9 +138,7 @@ def compared(
     after = combined(stacked, weights).numpy()
     result = {}
     for name, z in {"before": logits[main], "after": after}.items():
-        fitted = scores(z, target, val.counts, members, tau, temperature)
-        raw = scores(z, target, val.counts, members)
-        result[name] = {**raw, **{f"fitted_{key}": value for key, value in fitted.items()}}
+        result[name] = both(z, target, val.counts, members, tau, temperature)
     return result
 
 

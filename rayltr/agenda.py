@@ -159,8 +159,9 @@ class Agenda:
         """Jobs to promote: with every block that has ended one, unless it was promoted before."""
         found = []
         for rung, size in enumerate(self.blocks):
-            for arm in dict.fromkeys(self.known[own, rung].arm for own in self.at(rung)):
-                numbers = [own for own in self.at(rung) if self.known[own, rung].arm == arm]
+            came = self.at(rung)
+            for arm in dict.fromkeys(self.known[own, rung].arm for own in came):
+                numbers = [own for own in came if self.known[own, rung].arm == arm]
                 chosen = self.chosen.setdefault((rung, arm), [])
                 while self.done(seen := numbers[: size * (len(chosen) + 1)], rung, size, len(chosen)):
                     chosen.append(best := self.best(seen, chosen, rung))
@@ -189,6 +190,7 @@ class Agenda:
         merits = {own: self.merits[own, rung] for own in good if (own, rung) in self.merits}
         if merits and len(chosen) % 2:
             return max(merits, key=merits.__getitem__)
+        # only these can be the first; to rank all proposals so far would take the cube of their number
         front = {own: one for own, one in good.items() if not any(dominates(other, one) for other in good.values())}
         order = zip(ranked([*front.values()]), front, strict=True)
         return min(order, key=lambda pair: pair[0], default=(None, None))[1]

@@ -77,6 +77,11 @@ def ablated(row: Mapping[str, Any]) -> str:
     return row["trial"].rpartition("/")[2].partition("+")[2].partition("-")[2]
 
 
+def finalist(row: Mapping[str, Any]) -> bool:
+    """Whether a trial is a recipe of the search, unchanged, with a fresh seed."""
+    return repeated(row) and not ablated(row)
+
+
 def top(rows: Iterable[Mapping[str, Any]], first: str, second: str) -> Mapping[str, Any] | None:
     measured = [row for row in rows if math.isfinite(score(row, first))]
     return max(measured, key=lambda row: (score(row, first), signed(row, second)), default=None)

@@ -10,6 +10,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -178,11 +179,10 @@ def described(source: Fn, data: Data) -> str:
     ratio = source.get("ratio")
     built = f", ratio {ratio:g}" if ratio else ""
     counts = data.counts
+    even = "; they are not long-tailed, --ratio R makes them so" if counts.max() < 2 * counts.min() else ""
     return (
         f"{source.get('root', source.name)}{built}: {len(data.classes)} classes, {counts.sum()} training images "
-        f"({counts.max()} to {counts.min()} per class), {len(data.val)} validation images"
-        + "; they are not long-tailed, --ratio R makes them so"
-        * bool(counts.max() < 2 * counts.min())
+        f"({counts.max()} to {counts.min()} per class), {len(data.val)} validation images{even}"
     )
 
 
@@ -230,6 +230,13 @@ def begin(run: Path, study: str, data: Data, options: argparse.Namespace, more: 
         records.write_run(run, info)
     except OSError as error:
         raise Refused(f"the storage {run.parent} cannot be written: {error}") from error
+
+
+def count_opening(run: str | Path, trials: Sequence[str], when: datetime | None = None) -> None:
+    """Notes in run.json that trials meet the test split; before anything is seen, so that no interruption hides it."""
+    info = records.read_run(run)
+    opening = {"when": (when or datetime.now(UTC)).isoformat(timespec="seconds"), "trials": [*trials]}
+    records.write_run(run, {**info, "openings": [*info["openings"], opening]})
 
 
 def locked(run: Path) -> IO[str]:

@@ -29,10 +29,21 @@ def tested(
     found: dict[str, dict[str, float]] = {}
     for head, z in test.items():
         tau, temperature, _ = fit(val[head], val_target, counts)
-        fitted = scores(z, test_target, counts, members, tau, temperature)
-        raw = scores(z, test_target, counts, members)
-        found[head] = {**raw, **{f"fitted_{name}": value for name, value in fitted.items()}}
+        found[head] = both(z, test_target, counts, members, tau, temperature)
     return named(found)
+
+
+def both(
+    logits: np.ndarray,
+    target: np.ndarray,
+    counts: np.ndarray,
+    members: Mapping[str, np.ndarray],
+    tau: float,
+    temperature: float,
+) -> dict[str, float]:
+    """The scores of logits [N,C] as they are and (`fitted_...`) at a tau and a temperature."""
+    raw, fitted = scores(logits, target, counts, members), scores(logits, target, counts, members, tau, temperature)
+    return {**raw, **{f"fitted_{name}": value for name, value in fitted.items()}}
 
 
 def named(by_head: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

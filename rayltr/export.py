@@ -13,9 +13,9 @@ import numpy as np
 
 from analysis import ensembles
 from analysis.experts import experts
-from rayltr import command, model_card, records, studies
+from rayltr import command, model_card, records
 from rayltr.choice import BEST, best, repeated
-from rayltr.recipe import own_files, recorded
+from rayltr.recipe import load_own, own_files, recorded
 
 MADE = ("config.json", "ensemble.json", "model.safetensors", "model.onnx", "study.py")
 """Files that not every export has, so that an earlier one may have left them."""
@@ -47,8 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     info = records.read_run(run)
     if occupied(out):
         raise command.Refused(f"{out} exists and is no earlier export; choose another --out")
-    for file in own_files(run):
-        studies.find(str(file))  # its functions may be part of the recipe
+    load_own(run)
     make = together if options.ensemble else alone
     try:
         said = make(run, info, out, options)

@@ -21,7 +21,7 @@ from rayltr.backbones import Normalised
 from rayltr.experts import Heads
 from rayltr.interface import Facts
 from rayltr.metrics import fit
-from rayltr.records import Predictions, read_predictions
+from rayltr.records import Predictions, read_note, read_predictions
 from rayltr.spec import Stage, end, parse
 from rayltr.store import Store
 
@@ -150,17 +150,11 @@ def trained(run: Path, row: Mapping[str, Any], size: tuple[int, int]) -> tuple[n
     return method, facts, val
 
 
-def adapted(run: Path, row: Mapping[str, Any]) -> Path:
-    """Where `rayltr.adapt` keeps the weights of a trial's experts."""
-    return run / "adapted" / f"{row['trial']}.json"
-
-
 def weighed(run: Path, row: Mapping[str, Any]) -> dict[str, Any]:
     """What `rayltr.adapt` found for a trial.  Raises ValueError if it has not, or for another training of that name."""
-    with contextlib.suppress(OSError, ValueError):
-        note = json.loads(adapted(run, row).read_text())
-        if note["address"] == row["address"]:
-            return note
+    note = read_note(run, "adapted", row["trial"])
+    if note and note.get("address") == row["address"]:
+        return note
     raise ValueError(f"{run} has no weights of experts for trial {row['trial']}: python -m rayltr.adapt {run} "
                      f"--trial {row['trial']} learns them")  # fmt: skip
 

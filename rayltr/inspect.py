@@ -11,15 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rayltr import build, command, records, transformers
+from rayltr import build, command, recipe, records, transformers
 from rayltr.data import Data, Split
-from rayltr.interface import Resources
+from rayltr.interface import Batch, Resources
 from rayltr.metrics import groups
-from rayltr.recipe import own_files, recorded
 from rayltr.spec import Stage, end, parse
 from rayltr.store import Store
-from rayltr.studies import find
-from rayltr.train import assembled, facts, pixels
+from rayltr.train import assembled, facts, mixed, pixels
 from rayltr.trial import Trial
 
 CHUNK = 100
@@ -44,10 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     command.usable(options.device)
     run = Path(options.run).absolute()
-    for file in own_files(run):
-        find(str(file))  # its functions may be part of the recipe
-    rows = records.read_trials(run).to_pylist()
-    row = recorded(run, options.trial or (rows[0]["trial"] if len(rows) == 1 else None))
+    row = recipe.row_of(run, options.trial)
     stage = parse(json.loads(row["recipe"]))
     device = Resources(device=options.device).place()
     stage, module, data = restored(run, stage, device)
@@ -56,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                          "of the method tokens, can be inspected")  # fmt: skip
     found = measured(stage, module, data, options.images, device)
     print("\n".join(told(found)))
-    records.write_inspected(run, row["trial"], {"address": row["address"], **found})
+    records.write_note(run, "inspected", row["trial"], {"address": row["address"], **found})
     print(f"the report of {run} shows this, too: python -m analysis {options.run}")
     return 0
 
@@ -168,8 +163,9 @@ def views(
         if own:
             found[TEACHER] = (own(images, generator), target)
         if before:
-            mixed, other, weight = build.function("mixing", before)(strong, target, counts, generator)
-            found[MIXED] = (mixed, torch.where(weight >= 0.5, target, other))
+            mix = build.function("mixing", before)(strong, target, counts, generator)
+            batch = mixed(Batch([strong], target, target), mix)  # which rows of the split they are matters to nobody
+            found[MIXED] = (batch.views[0], batch.main)
         yield found
 
 

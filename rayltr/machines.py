@@ -9,6 +9,8 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import ray
@@ -67,14 +69,15 @@ def started(dashboard: bool) -> Any:
     for library in ("GLOO", "NCCL"):  # else the workers of a trial talk through the interface of the host's name
         os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # one process less: nobody reclaims this machine
-    for last in (False, True):
-        try:
-            return ray.init(address="local", include_dashboard=dashboard, resources={DRIVER: 1000}, **QUIET)
-        except Exception as error:  # Ray has no class of its own for processes that do not come up in time
-            ray.shutdown()
-            if last:
-                raise Shortage(f"Ray does not start on this machine, which may be too busy: {error}") from error
-    return None
+    begin = partial(ray.init, address="local", include_dashboard=dashboard, resources={DRIVER: 1000}, **QUIET)
+    with suppress(Exception):  # Ray has no class of its own for processes that do not come up in time
+        return begin()
+    ray.shutdown()
+    try:
+        return begin()
+    except Exception as error:
+        ray.shutdown()
+        raise Shortage(f"Ray does not start on this machine, which may be too busy: {error}") from error
 
 
 def fitted(cpus: int, gpus: float, workers: int, concurrent: int, growing: int = 0) -> tuple[float, int, int]:

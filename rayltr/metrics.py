@@ -173,14 +173,14 @@ def summary(
         return dict.fromkeys(SUMMARY, np.nan)
     tau, temperature, nll = fit(z, target, counts)
     fitted = _described(adjust(z / temperature, counts, tau), target, counts, groups)
-    swept = sweep(z, target, counts, groups, temperature)
+    swept = [scores(z, target, counts, groups, tau, temperature) for tau in TAUS]
     return {
         **_described(z, target, counts, groups),
         "nll": _mean(_nll(z, target, 1.0, np.zeros((1, z.shape[1])))),
         "balanced_nll": balanced_nll(z, target, z.shape[1]),
         **{"tau": tau, "temperature": temperature, "fitted_nll": nll},
         **{f"fitted_{name}": value for name, value in fitted.items()},
-        "area": area(swept["many"], swept["few"]),
+        "area": area([own["many"] for own in swept], [own["few"] for own in swept]),
     }
 
 

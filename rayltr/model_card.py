@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from rayltr.choice import ablated, score
+from rayltr.choice import finalist, score
 
 GROUPS = ("balanced", "many", "medium", "few")
 MODES = {
@@ -92,7 +92,7 @@ def chosen(trials: int, trial: str | None, best: str) -> str:
 def seeds(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     """How often the recipe was trained: with one seed, or with others, too, and what these found."""
     origin = row["trial"].partition("+")[0]
-    again = [other for other in rows if other["trial"].startswith(f"{origin}+") and not ablated(other)]
+    again = [other for other in rows if other["trial"].startswith(f"{origin}+") and finalist(other)]
     own = [other for other in again if other["state"] == "complete"]
     found = [score(other, "fitted_balanced") for other in own]
     if not found:

@@ -99,8 +99,7 @@ def asked(options: argparse.Namespace) -> tuple[str, Stage, dict[str, Any]]:
         params = {"arm": STUDY, **study.presets[chosen]}
         plan = command.plan_of(options, place, study(FixedTrial(params)))
         return name, plan.stage(study, params), params
-    for file in own_files(path):
-        studies.find(str(file))  # its functions may be part of the recipe
+    load_own(path)
     if is_run:
         row = recorded(path, options.trial)
         if options.threads is None:  # sums depend on their number, so a trial is trained again with as many
@@ -119,6 +118,12 @@ def own_files(recipe: Path) -> list[Path]:
     if recipe.suffix == ".json":
         return sorted(recipe.parent.glob("study.py"))
     return sorted(recipe.glob("*.py")) if (recipe / "run.json").exists() else []
+
+
+def load_own(recipe: Path) -> None:
+    """Makes functions of the user's own known, which may be part of a recipe."""
+    for file in own_files(recipe):
+        studies.find(str(file))
 
 
 def recipe_in(path: Path) -> Stage:
@@ -142,6 +147,13 @@ def recorded(run: Path, trial: str | None) -> Mapping[str, Any]:
     if not rows[trial]["recipe"]:
         raise ValueError(f"trial {trial} has no recipe: {rows[trial]['error']}")
     return rows[trial]
+
+
+def row_of(run: Path, trial: str | None) -> Mapping[str, Any]:
+    """The row of a trial, or of the only one of a run, with the functions that its recipe may name."""
+    load_own(run)
+    names = records.read_trials(run).column("trial").to_pylist()
+    return recorded(run, trial or (names[0] if len(names) == 1 else None))
 
 
 def preset(study: Study, name: str | None) -> str:
@@ -213,9 +225,7 @@ def trained(run: Path, name: str, stage: Stage, params: dict[str, Any], options:
     if len(found.epochs) >= records.read_epochs(run).num_rows:  # a run that was pruned has forgotten some of them
         records.append_epochs(run, [{"trial": "0000", **epoch} for epoch in found.epochs])
     if not records.read_trials(run).num_rows:
-        info = records.read_run(run)
-        opening = {"when": row["ended"].isoformat(timespec="seconds"), "trials": ["0000"]}
-        records.write_run(run, {**info, "openings": [*info["openings"], opening]})
+        command.count_opening(run, ["0000"], row["ended"])
     records.append_trial(run, row)
     print(f"validation: {outcome(row)}")
     groups = ("balanced", "many", "medium", "few")

@@ -169,14 +169,14 @@ def read_epochs(folder: str | os.PathLike) -> pa.Table:
     return _read_table(within(folder, "records/epochs.parquet"), EPOCHS)
 
 
-def write_inspected(folder: str | os.PathLike, trial: str, found: Mapping[str, Any]) -> None:
-    """Write what `rayltr.inspect` measured of a trial."""
-    save(within(folder, f"inspected/{trial}.json"), json.dumps(found, indent=1).encode())
+def write_note(folder: str | os.PathLike, kind: str, trial: str, found: Mapping[str, Any]) -> None:
+    """Write what a command found about a trial; kind: "inspected" or "adapted"."""
+    save(within(folder, f"{kind}/{trial}.json"), json.dumps(found, indent=1).encode())
 
 
-def read_inspected(folder: str | os.PathLike, trial: str) -> dict[str, Any] | None:
+def read_note(folder: str | os.PathLike, kind: str, trial: str) -> dict[str, Any] | None:
     """The same, read; None where there is nothing that can be read."""
-    system, place = filesystem(within(folder, f"inspected/{trial}.json"))
+    system, place = filesystem(within(folder, f"{kind}/{trial}.json"))
     try:
         with system.open_input_stream(place) as stream:
             return json.loads(stream.read())

@@ -14,7 +14,7 @@ from analysis import fidelity
 from analysis.load import load
 from analysis.pareto import front
 from rayltr import records
-from rayltr.choice import WHOLE, ablated, best, repeated, score
+from rayltr.choice import WHOLE, ablated, best, finalist, score
 from rayltr.progress import Progress, described
 
 HEADS = ("balanced", "many", "medium", "few")
@@ -85,7 +85,7 @@ def finalists_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Mean and standard deviation of the balanced accuracy of every finalist over its fresh seeds; "" without any."""
     seeds: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        if repeated(row) and not ablated(row) and row["state"] == "complete":
+        if finalist(row) and row["state"] == "complete":
             seeds.setdefault(row["trial"].partition("+")[0], []).append(row)
     lines = []
     for trial, own in seeds.items():

@@ -1,13 +1,12 @@
 """The test split: opened once, for the trials that a search would ship and its finalists; each opening is counted."""
 
-from datetime import UTC, datetime
 from importlib import import_module
 from typing import Any
 
 import ray
 
-from rayltr import records
-from rayltr.choice import ablated, best, repeated
+from rayltr import command, records
+from rayltr.choice import best, finalist
 from rayltr.ledger import Settings
 from rayltr.progress import Progress
 
@@ -16,8 +15,7 @@ def sealed(run: str) -> list[dict[str, Any]]:
     """The trials that would be shipped, and finalists, that have not met the test split yet."""
     rows = records.read_trials(run).to_pylist()
     chosen = {row["trial"]: dict(row) for row in best(rows).values()}
-    again = [row for row in rows if repeated(row) and not ablated(row)]
-    chosen |= {row["trial"]: row for row in again if row["state"] == "complete"}
+    chosen |= {row["trial"]: row for row in rows if finalist(row) and row["state"] == "complete"}
     return [row for row in chosen.values() if not row["predictions_test"]]
 
 
@@ -27,10 +25,7 @@ def unseal(settings: Settings, progress: Progress) -> None:
     if not rows:
         return
     remote = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus)(tested)
-    info = records.read_run(settings.run)
-    opening = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "trials": [row["trial"] for row in rows]}
-    # counted before anything is seen, so that an interruption hides no opening
-    records.write_run(settings.run, {**info, "openings": [*info["openings"], opening]})
+    command.count_opening(settings.run, [row["trial"] for row in rows])
     asked = [(row, remote.remote(settings, row["recipe"])) for row in rows]
     for row, answer in asked:
         try:

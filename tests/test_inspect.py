@@ -53,7 +53,7 @@ def test_the_measures_of_a_student(runs, capsys):
 def test_the_measures_are_kept_in_the_run(runs, capsys):
     assert did(inspect, runs / "student", "--images", "60") == 0
     lines = capsys.readouterr().out.splitlines()
-    found = records.read_inspected(runs / "student", "0000")
+    found = records.read_note(runs / "student", "inspected", "0000")
     (row,) = records.read_trials(runs / "student").to_pylist()
     assert found["address"] == row["address"] and found["images"] == 60
     assert inspect.told(found) == lines[:-1]

@@ -265,9 +265,9 @@ def test_epochs_of_a_trial_that_is_run_again_are_replaced(tmp_path):
 
 
 def test_what_was_measured_of_a_trial_is_read_again_or_not_there(tmp_path: Path):
-    assert records.read_inspected(tmp_path, "0007.1") is None
-    records.write_inspected(tmp_path, "0007.1", {"rank": [1, 2]})
-    assert records.read_inspected(tmp_path, "0007.1") == {"rank": [1, 2]}
+    assert records.read_note(tmp_path, "inspected", "0007.1") is None
+    records.write_note(tmp_path, "inspected", "0007.1", {"rank": [1, 2]})
+    assert records.read_note(tmp_path, "inspected", "0007.1") == {"rank": [1, 2]}
     assert files(tmp_path) == ["inspected/0007.1.json"]
     (tmp_path / "inspected/0007.1.json").write_text("{")
-    assert records.read_inspected(tmp_path, "0007.1") is None
+    assert records.read_note(tmp_path, "inspected", "0007.1") is None

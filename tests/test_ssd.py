@@ -1,8 +1,6 @@
 """The study of self-supervision to distillation: presets, what is shared, and the four stages by one command."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -15,6 +13,7 @@ from rayltr.store import Store
 from rayltr.studies import STUDY as ARM
 from rayltr.studies import Plan
 from rayltr.trial import run
+from tests.test_search import rayltr
 
 STUDY = studies.find("ssd")
 PAPER = STUDY.presets["paper"]
@@ -183,8 +182,7 @@ def test_a_search_over_the_distillation_trains_the_first_two_stages_once(tmp_pat
     (study := tmp_path / "distilled.py").write_text(SPACE)
     words = [study, "--storage", tmp_path, "--name", "run", "--data", "digits", "--trials", "3", "--epochs", "8"]
     words += ["--sampler", "quasi", "--backbone", "resnet20", "--no-dashboard"]
-    command = [sys.executable, "-m", "rayltr.search", *map(str, words)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    process = rayltr("search", *words)
     assert process.returncode == 0, process.stdout + process.stderr
     rows = [row for row in records.read_trials(tmp_path / "run").to_pylist() if row["p.arm"] == ARM]
     lengths = [[own.epochs for own in chain(parse(json.loads(row["recipe"])))] for row in rows]

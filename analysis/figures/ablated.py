@@ -7,13 +7,11 @@ from typing import Any
 import plotly.graph_objects as go
 
 from analysis.estimates import Estimate
+from analysis.evidence import SCORES
 from analysis.figures import draw
 from analysis.figures.draw import BLUE, VERMILION, Figure, Key
 from analysis.figures.tricks import ROW, rows_named
 from analysis.tables import Table, anything, gained, text
-from rayltr.metrics import GROUPS
-
-SCORES = ("balanced", *GROUPS)
 
 
 @dataclass(frozen=True)

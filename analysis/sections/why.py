@@ -19,11 +19,10 @@ DRAWS = 500
 def section(evidence: Evidence) -> Section:
     """Main effects, interactions, and parameters inside their branch."""
     found = by_score(evidence)
-    balanced = found["balanced"]
+    balanced, dropped = found["balanced"], ablation(evidence)
     if balanced.reason:
         none = Missing(f"No effects can be estimated: {balanced.reason}.")
-        return Section("tricks", TITLE, "Tricks", blocks(none, ablation(evidence), drawn(evidence, balanced)))
-    dropped = ablation(evidence)
+        return Section("tricks", TITLE, "Tricks", blocks(none, dropped, drawn(evidence, balanced)))
     laid = f", {balanced.designed} of them laid out in advance so that all values meet" if balanced.designed else ""
     note = Note(
         f"Estimated from {balanced.trials} trials of the study's own arm{laid}, all at full length; trials weigh less "

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from rayltr.backbones import branched
 from rayltr.experts import Heads, is_expert, named
 from rayltr.interface import Batch, Parts
-from rayltr.parallel import all_sum, world
+from rayltr.parallel import mean
 from rayltr.views import simaugment
 
 EXPERTS = ("frequent", "uniform", "rare")
@@ -44,7 +44,7 @@ class Method(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         losses = expertise(self.head(self.backbone(batch.views[0])), batch.target, self.shift)
-        means = losses.sum(0) * world() / all_sum(losses.new_tensor(len(losses)))
+        means = mean(losses)
         return dict(zip(EXPERTS, means.unbind(), strict=True))
 
     def predict(self, images: Tensor) -> dict[str, Tensor]:

@@ -110,9 +110,9 @@ def test_the_page_has_the_section_only_with_two_tokens(students: Path, small: Pa
 
 def test_what_inspect_measured_is_shown_unless_it_is_of_another_training(students: Path, evidence: Evidence):
     trial = tokens.students(evidence)[0]
-    records.write_inspected(students, trial.id, {"address": "another", **MEASURED})
+    records.write_note(students, "inspected", trial.id, {"address": "another", **MEASURED})
     assert tokens.inspected(trial) is None
-    records.write_inspected(students, trial.id, {"address": trial.row["address"], **MEASURED})
+    records.write_note(students, "inspected", trial.id, {"address": trial.row["address"], **MEASURED})
     found = Page(report.render(report.build(load(students))))
     assert "rayltr.inspect" not in found.text
     assert found.tables["How images are seen"][1:] == [
