@@ -197,8 +197,11 @@ def deit(
 
     size: the side of its images; others are resized to size / `crop` and cut in the middle.  width: of the tokens
     (DeiT-Ti, S, B: 192, 384, 768 with 3, 6, 12 heads).  drop_path: of the last block, rising from 0 (stochastic
-    depth).  imagenet: normalise by ImageNet's statistics.  Raises ValueError if heads do not divide the width.
+    depth).  imagenet: normalise by ImageNet's statistics.  Raises ValueError if heads do not divide the width, or the
+    patch the size.
     """
+    if size % patch:
+        raise ValueError(f"patches of {patch} pixels do not divide images of {size}")
     made = importlib.import_module("timm.models.deit").VisionTransformerDistilled  # late: slow to import
     sides = {"img_size": size, "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
     body = _created(lambda: made(**sides, num_classes=0, drop_path_rate=drop_path), "deit", False)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from rayltr.choice import score
 
+GROUPS = ("balanced", "many", "medium", "few")
 QUIET_S = 15.0
 """Without a terminal, a trial's progress is printed at most this often."""
 
@@ -90,7 +91,7 @@ def stood(record: Mapping[str, Any]) -> str:
 
 def cells(row: Mapping[str, Any]) -> list[str]:
     """Balanced, many, medium, few (percent, at fitted tau) and NLL of a finished trial, as text."""
-    shares = [100 * score(row, f"fitted_{name}") for name in ("balanced", "many", "medium", "few")]
+    shares = [100 * score(row, f"fitted_{name}") for name in GROUPS]
     return [*("-" if share != share else f"{share:.1f}" for share in shares), f"{score(row, 'fitted_nll'):.3f}"]
 
 
@@ -101,6 +102,19 @@ def outcome(row: Mapping[str, Any]) -> str:
     cost = f"{row['epochs_trained']} of {row['epochs_asked']} epochs trained, {row['wall_s']:.1f} s"
     scores = f"balanced {balanced} %, many {many}, medium {medium}, few {few}, NLL {nll}"
     return "; ".join(filter(None, (scores, cost, described(row))))
+
+
+def by_head(split: str, scores: Mapping[str, float]) -> list[str]:
+    """A line on every head: in percent, at fitted tau and as it predicts; the one that a model ships with first."""
+    fitted = "fitted_balanced"
+    heads = [name.removesuffix(fitted) for name in scores if name == fitted or name.endswith(f".{fitted}")]
+    lines = []
+    for head in sorted(heads):
+        name = f"  {head[:-1]}" if head else split
+        groups = (f"{group} {100 * scores[f'{head}fitted_{group}']:.1f}" for group in GROUPS)
+        raw = f"uncorrected: balanced {100 * scores[f'{head}balanced']:.1f}"
+        lines.append(f"{name}: {', '.join(groups)}; {raw}")
+    return lines
 
 
 def described(row: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from rayltr import command, records, studies
 from rayltr.catalogue import nearest
 from rayltr.command import FAILED, Refused
-from rayltr.progress import outcome, stood
+from rayltr.progress import by_head, outcome, stood
 from rayltr.spec import FixedTrial, Stage, chain, digest, dump, parse
 from rayltr.studies import STUDY, Study
 
@@ -228,9 +228,7 @@ def trained(run: Path, name: str, stage: Stage, params: dict[str, Any], options:
         command.count_opening(run, ["0000"], row["ended"])
     records.append_trial(run, row)
     print(f"validation: {outcome(row)}")
-    groups = ("balanced", "many", "medium", "few")
-    print("test: " + ", ".join(f"{group} {100 * scores[f'fitted_{group}']:.1f}" for group in groups)
-          + f"; uncorrected: balanced {100 * scores['balanced']:.1f}")  # fmt: skip
+    print("\n".join(by_head("test", scores)))
     try:
         print(f"report: {import_module('analysis.report').write(run)}")
     except ModuleNotFoundError as missing:

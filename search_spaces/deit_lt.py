@@ -8,7 +8,7 @@ trials share teachers and students.  Lengths are nominal epochs; `--epochs` scal
 
 from typing import Any
 
-from rayltr.spec import Fn, Stage, Trial, fn
+from rayltr.spec import FixedTrial, Fn, Stage, Trial, fn
 from search_spaces.contrastive import GREY, large, simple, stepped
 
 EPOCHS, SWITCH = 1200, 11 / 12
@@ -21,12 +21,12 @@ STRONG = {"m": 9.0, "deviation": 0.5, "space": "timm_increasing", "fill": (124, 
 OWN = {**STRONG, "erase_own": True}
 """The same for networks that are normalised by the data, not by ImageNet."""
 SMOOTH = fn("label_smoothing", epsilon=0.1)
-LATE = {"switch": SWITCH, "one_minus_beta": 1e-4, "mixing_late": False, "cls_loss": "plain"}
+LATE = {"switch": SWITCH, "late_weight": True, "one_minus_beta": 1e-4, "mixing_late": False, "cls_loss": "plain"}
 SMALL = {"flip": 0.5, "teacher": "ldam", "rho": 0.8, "student": "tiny", "lr": 5e-4, "alpha": 0.5, "distil": "hard",
          "mixing": "both", "mixup_alpha": 0.8, "repeats": 3, "teacher_view": "same", **LATE}  # fmt: skip
 
 PLAIN = {"teacher": "ce", "rho": 0.0, "distil": "none", "mixing": "none", "mixing_late": False, "repeats": 1,
-         "cls_loss": "plain"}  # fmt: skip
+         "late_weight": False, "cls_loss": "plain"}  # fmt: skip
 """What each trick is where it is left out."""
 
 
@@ -48,9 +48,11 @@ def space(trial: Trial) -> Stage:
         **annealed(lr, EPOCHS),
     )
     begun = first.but(epochs=round(EPOCHS * trial.suggest_categorical("switch", [0.8, 0.85, 0.9, SWITCH, 0.96])))
-    beta = 1 - trial.suggest_float("one_minus_beta", 1e-5, 1e-2, log=True)
+    weight = None
+    if trial.suggest_categorical("late_weight", [True, False]):
+        weight = fn("effective_number", beta=1 - trial.suggest_float("one_minus_beta", 1e-5, 1e-2, log=True))
     mixing = begun.mixing if begun.mixing and trial.suggest_categorical("mixing_late", [False, True]) else None
-    return late(begun, mixing=mixing, loss=choose_late_loss(trial, mixing), weight=fn("effective_number", beta=beta))
+    return late(begun, mixing=mixing, loss=choose_late_loss(trial, mixing), weight=weight)
 
 
 def choose_method(trial: Trial, scale: float | None) -> Fn:
@@ -218,9 +220,18 @@ def laptop() -> Stage:
     return late(begun, mixing=None, loss=fn("cross_entropy"), weight=fn("effective_number", beta=0.9999))
 
 
+def alone(last: Stage) -> Stage:
+    """The transformer of a chain as a plain classifier, on the same images, as long: no teacher, no class weights."""
+    assert last.resume
+    without: dict[str, Any] = {"teacher": None, "method": fn("supervised")}
+    return last.but(resume=last.resume.but(**without), weight=None, **without)
+
+
 PAPER: dict[str, Any] = {
     "small": SMALL,
+    "small_vit": alone(space(FixedTrial(SMALL))),
     "laptop": laptop(),
+    "laptop_vit": alone(laptop()),
     "paper": paper(paco(0.5)),  # the authors do not tell the rho of this teacher
     "paper_ldam": paper(cnn("ldam", 0.8)),
     "paper_one_gpu": paper(paco(0.5), batch=512),

@@ -35,6 +35,7 @@ class Method(nn.Module):
     """
 
     own_loss = True
+    stacks = True
     ids: Tensor
     begun: Tensor
 
@@ -66,6 +67,8 @@ class Method(nn.Module):
         self.head = parts.head(dim).requires_grad_(False)
         self.project = nn.Sequential(nn.Linear(dim, hidden or dim), nn.ReLU(), nn.Linear(hidden or dim, out))
         size = int(parts.counts.sum())
+        if size < 2:
+            raise ValueError("million tells training images from each other: it needs at least two")
         how = {"cosine": cosine, "norm": norm, "sampled": sampled, "block": block, "kept": kept, "bf16": bf16}
         self.classes = Shard(size, out, temperature=temperature, **how)  # type: ignore[arg-type]
         self.smoothing, self.hardest, self.prior, self.rate = smoothing, min(hardest, size - 1), prior, rate

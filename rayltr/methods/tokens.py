@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rayltr.fused import fuse
 from rayltr.interface import Batch, Parts
 from rayltr.methods import supervised
 from rayltr.parallel import all_sum, world
@@ -23,7 +24,8 @@ class Method(supervised.Method):
 
     The terms are `cls`, (1 - alpha) times the stage's loss of the first classifier, and `dist`, alpha times the
     distillation of the second.  The teacher sees the last view of the stage: with one view the student's own images,
-    mixed and augmented as they are (Rangwani et al., DeiT-LT, CVPR 2024), with a second one that.  The class weight
+    mixed and augmented as they are (Rangwani et al., DeiT-LT, CVPR 2024), with a second one that, unmixed: what it
+    says of both parts of a mixed image then counts by their shares.  The class weight
     of the stage, which DeiT-LT brings in late, is for the distillation only, by the class that the *teacher* says;
     the term is then the mean weighted by the weights drawn, as in the authors' code.
 
@@ -77,6 +79,8 @@ class Method(supervised.Method):
         self.alpha, self.distil, self.fusion = alpha, distil, fusion
         self.temperature, self.scale, self.normalise = temperature, scale, normalise
         self.teacher_size, self.teacher_renorm, self.antialias = teacher_size, teacher_renorm, antialias
+        if parts.teacher:
+            fuse(*parts.teacher.children())
         self.teacher: tuple[nn.Module | None] = (parts.teacher,)  # in a tuple: no part of this method's own weights
         self.as_trained = parts.teacher_scale / scale  # cosines are multiplied as in the teacher's own loss
         self.measured: dict[str, Tensor] = {}
@@ -86,7 +90,8 @@ class Method(supervised.Method):
         cls, dist, tokens = self.both(batch.views[0])
         with torch.no_grad():
             taught = self.taught_by(batch.views[-1])
-            accuracy, entropy = judged(self.as_trained * taught, batch.main)
+            shown = batch.target if len(batch.views) > 1 else batch.main
+            accuracy, entropy = judged(self.as_trained * taught, shown)
             distance = token_distance(tokens)
         self.measured = {"token_distance": distance, "teacher_accuracy": accuracy, "teacher_entropy": entropy}
         own = self.compared(cls, tokens[:, 0], batch)
@@ -112,17 +117,24 @@ class Method(supervised.Method):
 
     def far(self, logits: Tensor, taught: Tensor, tokens: Tensor, batch: Batch) -> Tensor:
         """How far the second token's logits [B,C] are from the teacher's, over the batches of all workers."""
-        if self.distil == "soft":
-            losses = divergence(logits, taught, self.temperature, self.drawn)
-            weight = torch.ones_like(losses) * (logits.shape[1] if self.normalise == "numel" else 1)
-            return losses.sum() * world() / all_sum(weight.sum())
         if self.distil == "none":
-            target, losses = batch.main, self.untaught(logits, tokens[:, 1], batch)
+            losses, weight = self.untaught(logits, tokens[:, 1], batch), self.counting(batch.main)
         else:
-            target = taught.argmax(1)
-            losses = F.cross_entropy(_wide(logits), target, reduction="none")
-        weight = torch.ones_like(losses) if self.drawn is None else self.drawn[target]
+            pairs = [self.compared_with(said, share, logits) for said, share in lessons(taught, batch)]
+            losses, weight = (torch.cat(both) for both in zip(*pairs, strict=True))
         return (weight * losses).sum() * world() / all_sum(weight.sum())
+
+    def compared_with(self, taught: Tensor, share: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """What distillation from a teacher's logits [B,C] costs each image [B], and how much that counts [B]."""
+        if self.distil == "hard":
+            target = taught.argmax(1)
+            return F.cross_entropy(_wide(logits), target, reduction="none"), share * self.counting(target)
+        losses = divergence(logits, taught, self.temperature, self.drawn)
+        return losses / (logits.shape[1] if self.normalise == "numel" else 1), share
+
+    def counting(self, target: Tensor) -> Tensor:
+        """The class weights [B] of targets [B]."""
+        return torch.ones(len(target), device=target.device) if self.drawn is None else self.drawn[target]
 
     def untaught(self, logits: Tensor, token: Tensor, batch: Batch) -> Tensor:
         """The stage's loss [B] of the second token against the targets."""
@@ -146,6 +158,20 @@ class Method(supervised.Method):
         sizes = {"img_size": side, "patch_size": patch, "embed_dim": body.embed_dim, "depth": len(body.blocks)}
         sizes["num_heads"] = body.blocks[0].attn.num_heads
         return "deit_tiny_distilled_patch16_224", sizes, to_timm(self.state_dict())
+
+
+def lessons(taught: Tensor, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """What a teacher says [B,C] of the student's images, and its share [B] of them.
+
+    A teacher with a view of its own has seen unmixed images: of a mixed one it says something about either part.
+    Raises ValueError for a mixing that does not tell the partners.
+    """
+    if batch.mixed is None or batch.weight is None or len(batch.views) == 1:
+        return [(taught, torch.ones(len(taught), device=taught.device))]
+    if batch.partner is None:
+        raise ValueError("the teacher of tokens has a view of its own, so images must be mixed by mixup, cutmix or "
+                         "another mixing with partners in the batch")  # fmt: skip
+    return [(taught, batch.weight), (taught[batch.partner], 1 - batch.weight)]
 
 
 def divergence(logits: Tensor, taught: Tensor, temperature: float, weight: Tensor | None) -> Tensor:

@@ -30,7 +30,7 @@ def batch_of(mixed, views=1):
     images = [torch.rand(6, 3, 8, 8, generator=g, dtype=torch.float64) for _ in range(views)]
     target = torch.tensor([0, 0, 1, 0, 1, 2])
     share = torch.full((6,), 0.7, dtype=torch.float64)
-    return Batch(images, target, torch.arange(6), *((target.flip(0), share) if mixed else ()))
+    return Batch(images, target, torch.arange(6), *((target.flip(0), share, torch.arange(5, -1, -1)) if mixed else ()))
 
 
 def slow_cross_entropy(z, q):
@@ -160,6 +160,41 @@ def test_soft_distillation_is_averaged_over_images_and_perhaps_classes(normalise
     taught = 30.0 * module.teacher[0].predict(batch.views[0])["main"]
     expected = divergence(dist, taught, 2.0, None).mean() / divisor
     torch.testing.assert_close(module(batch)["dist"], 0.5 * expected, **EXACT)
+
+
+@pytest.mark.parametrize("weight", [None, fn("effective_number", beta=0.9)])
+@pytest.mark.parametrize("distil", ["hard", "soft"])
+def test_of_a_mixed_image_a_teacher_that_saw_it_unmixed_says_something_about_either_part(distil, weight):
+    keywords = {"distil": distil, "normalise": "batch"}
+    stage = stage_of(keywords=keywords, weight=weight, views=(fn("flip_crop"),) * 2, **FIRST)
+    module, batch = built(stage).train(), batch_of(mixed=True, views=2)
+    teacher = module.teacher[0]
+    teacher.head.bias.sub_(teacher.predict(batch.views[1])["main"].mean(0))  # it shall say more than one class
+    if weight:
+        module.drawn = module.drawn.double()
+    drawn = [1.0] * 3 if weight is None else module.drawn.tolist()
+    _, dist, _ = module.both(batch.views[0])
+    taught = teacher.predict(batch.views[1])["main"]
+    said, shares = taught.argmax(1).tolist(), batch.weight.tolist()
+    far = mass = 0.0
+    for b, (z, share) in enumerate(zip(dist.tolist(), shares, strict=True)):
+        for place, part in ((b, share), (batch.partner[b].item(), 1 - share)):
+            if distil == "hard":
+                far += part * drawn[said[place]] * slow_cross_entropy(z, one_hot(said[place]))
+                mass += part * drawn[said[place]]
+            else:
+                far += part * divergence(dist[b : b + 1], taught[place : place + 1], 1.0, module.drawn).item()
+                mass += part
+    assert len(set(said)) > 1
+    assert module(batch)["dist"].item() == pytest.approx(0.5 * far / mass, rel=1e-9)
+    right = [y == target for y, target in zip(said, batch.target.tolist(), strict=True)]
+    assert module.measured["teacher_accuracy"].item() == pytest.approx(sum(right) / 6)
+
+
+def test_a_mixing_without_partners_does_not_go_with_a_teacher_s_own_view():
+    module, batch = built(stage_of(views=(fn("flip_crop"),) * 2, **FIRST)).train(), batch_of(mixed=True, views=2)
+    with pytest.raises(ValueError, match="mixup, cutmix"):
+        module(Batch(batch.views, batch.target, batch.rows, batch.mixed, batch.weight))
 
 
 def test_half_precision_and_large_logits_stay_finite():
