@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis import estimates
+from analysis.criterion import NLL
 from analysis.ensembles import Ensembles
 from analysis.estimates import Estimate
 from analysis.evidence import SCORES, Evidence, Floats
@@ -23,20 +24,21 @@ TIMES = 300
 """Bootstrap draws of a correction, in each of which the choice is made again."""
 
 Choose = Callable[[Mapping[str, Floats]], int | None]
-"""From the scores of all trials, each [M], to the position of the one chosen; None if none can be."""
+"""From what `resample.graded` says of all trials, each [M], to the position of the one chosen; None if none can be."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a trial is chosen for: a question, the score that decides, and that score before and after correction.
+    """What a trial is chosen for: a question, the score that is asked for, and that score before and after correction.
 
-    raw: as measured on the images that chose it.  corrected: of the choice itself, on images that did not choose;
-    None where that cannot be said.  fresh: of a finalist, the score over its fresh seeds, which says more than both.
-    rivals: how many others it cannot be told from; cheapest: of all these.
+    by: what decided (`Criterion.by`).  raw: as measured on the images that chose it.  corrected: of the choice itself,
+    on images that did not choose; None where that cannot be said.  fresh: of a finalist, the score over its fresh
+    seeds, which says more than both.  rivals: how many others it cannot be told from; cheapest: of all these.
     """
 
     question: str
     score: str
+    by: str
     raw: float
     corrected: Estimate | None = None
     fresh: Estimate | None = None
@@ -88,18 +90,22 @@ def cards(evidence: Evidence, ensembles: Ensembles | None = None, most: float | 
 
 
 def questions(evidence: Evidence, most: float | None = None) -> list[tuple[str, str, Choose]]:
-    """(question, score that decides, how to choose).  The control is the measure, or the best trial without one."""
+    """(question, score, how to choose).  The control is the measure, or the best trial without one.
+
+    The best is what `Criterion.of` the score says; what a question demands besides is in accuracies.
+    """
     if evidence.best is None:
         return []
+    balanced, many, few = map(evidence.criterion.of, ("balanced", "many", "few"))
     everyone = np.ones(len(evidence.trials), bool)
     at = evidence.best if evidence.control is None else evidence.control
     than = "the best balanced model" if evidence.control is None else "the control"
     found: list[tuple[str, str, Choose]] = [
-        ("Best on balance", "balanced", lambda scores: _most(scores["balanced"], everyone)),
+        ("Best on balance", "balanced", lambda scores: _most(scores[balanced], everyone)),
         (f"Best tail, at most {100 * LOSS:.0f} points of head below {than}", "few",
-         lambda scores: _most(scores["few"], scores["many"] >= scores["many"][at] - LOSS)),
+         lambda scores: _most(scores[few], scores["many"] >= scores["many"][at] - LOSS)),
         (f"Best head, tail no worse than {than}", "many",
-         lambda scores: _most(scores["many"], scores["few"] >= scores["few"][at])),
+         lambda scores: _most(scores[many], scores["few"] >= scores["few"][at])),
     ]  # fmt: skip
     limit = evidence.sizes[evidence.best] / 2 if most is None else most
     small = (evidence.sizes <= limit) & np.isfinite(evidence.sizes)
@@ -107,7 +113,7 @@ def questions(evidence: Evidence, most: float | None = None) -> list[tuple[str, 
         raise ValueError(f"no trial has at most {most:,.0f} weights: the smallest has {evidence.sizes.min():,.0f}")
     if small.any():
         found.append((f"Best of at most {thousands(limit)} weights", "balanced",
-                      lambda scores: _most(scores["balanced"], small)))  # fmt: skip
+                      lambda scores: _most(scores[balanced], small)))  # fmt: skip
     if evidence.paired:
         found.append((CHEAPEST, "balanced", _cheapest(evidence)))
     return found
@@ -120,40 +126,42 @@ def _most(score: Floats, allowed: NDArray[np.bool_]) -> int | None:
 
 
 def _cheapest(evidence: Evidence) -> Choose:
-    """The cheapest of those whose balanced accuracy is within the noise of the best's (1.96 paired deviations)."""
-    spread, costs = evidence.spread, evidence.costs
+    """The cheapest of those that are within the noise of the best on balance (1.96 paired deviations)."""
+    name, costs = evidence.criterion.of("balanced"), evidence.costs
+    spread = evidence.spread(name)
 
     def choose(scores: Mapping[str, Floats]) -> int | None:
-        top = _most(scores["balanced"], np.ones(len(costs), bool))
+        own = scores[name]
+        top = _most(own, np.ones(len(costs), bool))
         if top is None:
             return None
-        near = scores["balanced"] >= scores["balanced"][top] - 1.96 * spread[top]
+        near = own >= own[top] - 1.96 * spread[top]
         return int(np.where(near, costs, np.inf).argmin()) if np.isfinite(costs[near]).any() else top
 
     return choose
 
 
 def _claim(evidence: Evidence, question: str, score: str, choose: Choose, i: int) -> Claim:
-    raw = float(evidence.points[score][i])
+    by, raw = evidence.criterion, float(evidence.points[score][i])
     if not evidence.paired:
-        return Claim(question, score, raw)
+        return Claim(question, score, by.by, raw)
     fresh = evidence.estimate(i, score) if i in evidence.fresh else None
     if question == CHEAPEST:  # it is the one that others are told to be as good as
-        return Claim(question, score, raw, _corrected(evidence, choose, score), fresh)
-    alike = estimates.equivalents(evidence.samples[score], i)
+        return Claim(question, score, by.by, raw, _corrected(evidence, choose, score), fresh)
+    alike = estimates.equivalents(evidence.samples[by.of(score)], i)
     cheapest = np.where(alike, evidence.costs, np.inf).argmin()
     told = evidence.trials[int(cheapest)].id if np.isfinite(evidence.costs[cheapest]) and cheapest != i else ""
-    return Claim(question, score, raw, _corrected(evidence, choose, score), fresh, int(alike.sum()) - 1, told)
+    return Claim(question, score, by.by, raw, _corrected(evidence, choose, score), fresh, int(alike.sum()) - 1, told)
 
 
 def _corrected(evidence: Evidence, choose: Choose, score: str) -> Estimate | None:
     """The score of whatever the question chooses, on images that did not choose it."""
     if not evidence.reliable:
         return None
-    run = evidence.run
     found = estimates.corrected(
-        evidence.hits, evidence.target, run.groups, choose, name=score, times=TIMES, seed=evidence.seed
-    )
+        evidence.hits, evidence.target, evidence.run.groups, choose, name=score, times=TIMES, seed=evidence.seed,
+        likelihood=evidence.likelihood,
+    )  # fmt: skip
     return found.corrected
 
 
@@ -193,7 +201,7 @@ def told_apart(claim: Claim) -> str:
         return ""
     others = f"{claim.rivals} other trial{'s' if claim.rivals > 1 else ''}"
     cheaper = f"; the cheapest of them is {claim.cheapest}" if claim.cheapest else "; it is the cheapest of them"
-    return f"On {claim.score} accuracy not distinguishable from {others}{cheaper}."
+    return f"By {claim.score} {claim.by} not distinguishable from {others}{cheaper}."
 
 
 def export(trial: Trial) -> str:
@@ -222,7 +230,7 @@ def ensemble_card(evidence: Evidence, found: Ensembles) -> Card:
         )
     return Card(
         name=" + ".join(own.members),
-        claims=[Claim("Best ensemble", "balanced", own.balanced, own.out_balanced)],
+        claims=[Claim("Best ensemble", "balanced", NLL, own.balanced, own.out_balanced)],
         scores={
             name: Estimate(value, value, value) for name, value in {"balanced": own.balanced, **own.groups}.items()
         },

@@ -100,7 +100,7 @@ def effects(
     nothing = Effects(trials=int(known.sum()), designed=laid)
     rows, score = [dict(row) for row, use in zip(params, known, strict=True) if use], score[known]
     if len(rows) < FEWEST:
-        return replace(nothing, reason=f"{len(rows)} trials have a score, effects need {FEWEST}")
+        return replace(nothing, reason=f"it takes {FEWEST} scored trials, there are {len(rows)}")
     if np.ptp(score) == 0:
         return replace(nothing, reason="all trials have the same score")
     factors, inner = _sorted_out(rows)

@@ -13,6 +13,7 @@ from analysis.diversity import Diversity, divergence, diversity
 from analysis.estimates import Estimate
 from analysis.experts import Expert, Floats, Indices, Panel, experts
 from analysis.greedy import MODES, Condensed, greedy, select, weighted
+from analysis.outofbag import Rechosen, draws, rechosen
 from analysis.routing import ENOUGH, Mixture, equal, plain, routed
 
 LIMIT = 5
@@ -43,8 +44,8 @@ class Ensembles:
     left_out: heads that are no experts, and why.  recommended: "ensemble" or "single".  best, single: the best single
     expert.  members, mixture, ensemble: the best ensemble of two experts or more, recommended or not.  baselines: the
     best experts averaged, and one recipe with several seeds if there is one.  modes: the greedy ensemble by mode.
-    growth: with at most 1, 2, ... distinct members.  differences, kl [M,C]: between the members, and of each to the
-    ensemble per class.
+    growth: with at most 1, 2, ... distinct members.  rechosen: what a greedy one delivers where it was not chosen.
+    differences, kl [M,C]: between the members, and of each to the ensemble per class.
     """
 
     reason: str = ""
@@ -60,6 +61,7 @@ class Ensembles:
     baselines: list[Score] = field(default_factory=list)
     modes: dict[str, Score] = field(default_factory=dict)
     growth: list[Score] = field(default_factory=list)
+    rechosen: Rechosen | None = None
     ladder: list[Rung] = field(default_factory=list)
     differences: Diversity | None = None
     kl: Floats | None = None
@@ -70,13 +72,15 @@ def study(run: str | os.PathLike, **search: Any) -> Ensembles:
     return studied(experts(run), **search)
 
 
-def studied(panel: Panel, *, limit: int = LIMIT, seed: int = 0, times: int = 1000, **search: Any) -> Ensembles:
+def studied(
+    panel: Panel, *, limit: int = LIMIT, seed: int = 0, times: int = 1000, again: bool = False, **search: Any
+) -> Ensembles:
     """The ensembles of a panel of experts.
 
-    limit: distinct members at most; times: bootstrap draws behind an interval; search: other keywords of
-    `analysis.greedy.select`, such as `penalty`.  Logits are averaged unless probabilities beat them; the size is the
-    smallest that the best size does not beat, of two at least.  To beat is to have a lower cross-fitted
-    NLL by a 95 % interval.  Raises ValueError for a limit below 2.
+    limit: distinct members at most; times: bootstrap draws behind an interval; again: whether the greedy ensemble is
+    chosen again in such draws, too; search: other keywords of `analysis.greedy.select`, such as `penalty`.  Logits are
+    averaged unless probabilities beat them; the size is the smallest that the best size does not beat, of two at
+    least.  To beat is to have a lower cross-fitted NLL by a 95 % interval.  Raises ValueError for a limit below 2.
     """
     if limit < 2:
         raise ValueError(f"the limit of an ensemble is at least 2 members, not {limit}")
@@ -101,6 +105,7 @@ def studied(panel: Panel, *, limit: int = LIMIT, seed: int = 0, times: int = 100
     )
     if len(shipped.mixtures[-1].members) < 2:
         return replace(found, reason=f"no combination of experts is better than {alone.name} alone")
+    once_more = {"mode": mode, "limit": limit, "penalty": search.get("penalty", 0.0), "seed": seed}
     wanted = _smallest(bench, grown[mode], 0) > 0 and bench.gain(shipped, single).low > 0
     return replace(
         found,
@@ -108,6 +113,7 @@ def studied(panel: Panel, *, limit: int = LIMIT, seed: int = 0, times: int = 100
         ensemble=bench.score("ensemble", shipped, single),
         ladder=ladder,
         baselines=_baselines(bench, shipped, single),
+        rechosen=rechosen(panel, bench.view, times=draws(len(panel.target)), **once_more) if again else None,
         **_described(panel, shipped.mixtures[-1]),
     )
 

@@ -77,6 +77,7 @@ def corrected(
     name: str = "balanced",
     times: int = 1000,
     seed: int = 0,
+    likelihood: ArrayLike | None = None,
 ) -> Corrected:
     """The score `name` of the trial that `choose` takes, corrected for having been chosen.
 
@@ -87,15 +88,16 @@ def corrected(
 
     hits: bool [M, N], rows of nan are not measured.  choose: from the scores, a name to [M], to an index or None for
     "no trial will do"; such draws are left out.  All fields are nan if that holds for the measured scores already.
+    likelihood: log-likelihoods [M, N] that the choice may look at, too (see `resample.graded`).
     """
     hits = np.asarray(hits)
-    seen = resample.grouped(hits, target, groups)
+    seen = resample.graded(hits, likelihood, target, groups)
     first = choose({key: score[0] for key, score in seen.items()})
     trust = reliable(target, groups)
     if first is None:
         return Corrected(np.nan, Estimate(np.nan, np.nan, np.nan), np.nan, trust)
     drawn = resample.draws(target, times, seed)
-    inside = resample.grouped(hits, target, groups, drawn)
+    inside = resample.graded(hits, likelihood, target, groups, drawn)
     chosen = [choose({key: score[b] for key, score in inside.items()}) for b in range(times)]
     draw, trial = np.array([(b, i) for b, i in enumerate(chosen) if i is not None], np.int64).reshape(-1, 2).T
     outside = left_out(hits, target, groups, drawn, draw, trial)[name]

@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis import ensembles, estimates, pareto, resample
+from analysis.criterion import Criterion, criterion
 from analysis.ensembles import Ensembles
 from analysis.estimates import Estimate
 from analysis.load import Run, Trial
+from analysis.taunorm import Normed, normed
 from rayltr.metrics import GROUPS
 
 Floats = NDArray[np.float64]
@@ -74,10 +76,21 @@ class Evidence:
         return np.stack([trial.hits() for trial in self.trials])
 
     @cached_property
+    def likelihood(self) -> NDArray[np.float32] | None:
+        """The log-likelihoods of the images, [M, N], where they decide."""
+        found = [trial.likelihood for trial in self.trials if trial.likelihood is not None]
+        return np.stack(found) if found else None
+
+    @cached_property
+    def criterion(self) -> Criterion:
+        """What decides which trial is best."""
+        return criterion(self.run.items.images if self.run.items and self.paired else None, self.run.groups)
+
+    @cached_property
     def points(self) -> Scores:
-        """The scores at the fitted tau, each [M]."""
+        """The scores at the fitted tau, each [M]; with likelihoods where these decide."""
         if self.paired:
-            found = resample.grouped(self.hits, self.target, self.run.groups)
+            found = resample.graded(self.hits, self.likelihood, self.target, self.run.groups)
             return {name: values[0] for name, values in found.items()}
         return {name: np.array([trial.val[f"fitted_{name}"] for trial in self.trials]) for name in SCORES}
 
@@ -87,21 +100,21 @@ class Evidence:
 
     @cached_property
     def samples(self) -> Scores:
-        """The scores at the fitted tau in every draw, each [B, M]."""
-        return resample.grouped(self.hits, self.target, self.run.groups, self.draws)
+        """The same in every draw, each [B, M]."""
+        return resample.graded(self.hits, self.likelihood, self.target, self.run.groups, self.draws)
 
     @cached_property
     def control(self) -> int | None:
-        """The best of the control arm, by balanced accuracy."""
+        """The best of the control arm, by what decides."""
         return self._top([i for i, trial in enumerate(self.trials) if trial.control])
 
     @cached_property
     def best(self) -> int | None:
-        """The best by balanced accuracy that is no worse than the control."""
+        """The best of all on balance, by what decides."""
         return self._top(list(range(len(self.trials))))
 
     def _top(self, among: list[int]) -> int | None:
-        scores = self.points["balanced"][among]
+        scores = self.points[self.criterion.of("balanced")][among]
         return None if not len(scores) or np.isnan(scores).all() else among[int(np.nanargmax(scores))]
 
     @cached_property
@@ -115,9 +128,28 @@ class Evidence:
         return np.array([trial.recorded.get("val.weights", np.inf) for trial in self.trials])
 
     @cached_property
-    def spread(self) -> Floats:
-        """The standard deviation [M, M] of the difference of two balanced accuracies over the draws."""
-        shared = np.atleast_2d(np.cov(self.samples["balanced"], rowvar=False))
+    def shown(self) -> dict[str, Trial]:
+        """The control and the best trial, as far as their predictions are stored; one of them if they are the same."""
+        places = {"control": self.control, "best": None if self.best == self.control else self.best}
+        found = {kind: self.trials[i] for kind, i in places.items() if i is not None}
+        return {kind: trial for kind, trial in found.items() if trial.per_class is not None}
+
+    @cached_property
+    def normed(self) -> tuple[dict[str, Normed], str]:
+        """What tau-norm makes of the trials of `shown`, and of those that it makes nothing of a note why, if any."""
+        found: dict[str, Normed] = {}
+        missing: dict[str, list[str]] = {}
+        for kind, trial in self.shown.items():
+            try:
+                if own := normed(self.run, trial):
+                    found[kind] = own
+            except ValueError as error:
+                missing.setdefault(str(error), []).append(trial.id)
+        return found, " ".join(f"No tau-norm of {' and '.join(ids)}: {why}." for why, ids in missing.items())
+
+    def spread(self, name: str = "balanced") -> Floats:
+        """The standard deviation [M, M] of the difference of two trials in a score over the draws."""
+        shared = np.atleast_2d(np.cov(self.samples[name], rowvar=False))
         own = np.diag(shared)
         return np.sqrt(np.clip(own[:, None] + own[None] - 2 * shared, 0, None))
 
@@ -131,7 +163,7 @@ class Evidence:
         """The ensembles of the run; with several runs only the reason why there are none."""
         if self.run.parts:
             return Ensembles(reason="ensembles are made of the trials of one run; report that run alone")
-        return ensembles.study(self.run.folder, seed=self.seed)
+        return ensembles.study(self.run.folder, seed=self.seed, again=True)
 
     @cached_property
     def fresh(self) -> dict[int, list[Trial]]:

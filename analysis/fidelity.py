@@ -219,11 +219,14 @@ def costs(rows: Iterable[Row], quality: str = "fitted_balanced") -> list[Cost]:
 
 
 def effort(rows: Iterable[Row]) -> Effort:
-    """What the finished trials among the rows of the trials table took, on all rungs."""
+    """What the trials in rows of the trials table took, on all rungs; of a failed one, what it had trained counts."""
+    rows = list(rows)
     done = [row for row in rows if row["state"] == "complete"]
+    lost = sum(row.get("epochs_trained") or 0 for row in rows if row["state"] == "failed")
     asked, trained, resumed = (
         sum(row.get(f"epochs_{kind}") or 0 for row in done) for kind in ("asked", "trained", "resumed")
     )
+    asked, trained = asked + lost, trained + lost
     longest = {row["number"]: row for row in sorted(done, key=choice.share)}.values()
     full = sum(round((row["epochs_asked"] or 0) / choice.share(row)) for row in longest)
     return Effort(

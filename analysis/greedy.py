@@ -10,6 +10,7 @@ probability of a rest, averaged in the logits, is an upper bound (Hölder's ineq
 on condensed experts, not to be worse than the best single, holds for the ensemble itself.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ SHORT = 30
 """The best single experts, those that an ensemble is chosen from."""
 TINY = 1e-30
 """The least probability, which no sum of single precision loses."""
+FLOOR = math.log(TINY)
 EQUAL = 1e-9
 """Losses this close, in nats, are a tie."""
 
@@ -57,11 +59,11 @@ def condensed(logits: Sequence[Floats], target: Indices, groups: Iterable[Indice
     column = np.argsort(-likely, axis=1, kind="stable")[:, :kept]
     if kept == classes:
         logs = np.stack([np.take_along_axis(z, column, 1).T for z in logits])
-        return Condensed(np.maximum(logs, np.log(TINY)), column.T, kept, target)
+        return Condensed(np.maximum(logs, FLOOR), column.T, kept, target)
     members = np.stack([np.isin(np.arange(classes), group) for group in groups], 1)
     whole = [np.concatenate([np.take_along_axis(z, column, 1), _rests(z, column, members)], 1).T for z in logits]
     rests = np.broadcast_to(classes + np.arange(members.shape[1]), (len(target), members.shape[1]))
-    logs = np.maximum(np.stack(whole), np.log(TINY))
+    logs = np.maximum(np.stack(whole), FLOOR)
     return Condensed(logs, np.concatenate([column, rests], 1).T, kept, target)
 
 

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis import reading
+from analysis.criterion import NLL, criterion
 from analysis.reading import Floats, Groups, Items
 from rayltr import choice, metrics, records
 
@@ -34,6 +35,7 @@ class Trial:
     the fitted tau.  packed: bits, whether an image is predicted right, at every tau; see `hits`.
     per_class: validation accuracy [C] at the fitted tau and temperature.  error: one standard error of the fitted
     balanced accuracy, from the finite number of images.
+    likelihood: the log-probability of every image's class, float32 [N], there, where `analysis.criterion` needs it.
     test: scores on the test split at the tau and temperature fitted on validation, likewise.
     problem: why something that should be there is missing.
     """
@@ -50,6 +52,7 @@ class Trial:
     packed: NDArray[np.uint8] | None = None
     per_class: Floats | None = None
     error: float = math.nan
+    likelihood: NDArray[np.float32] | None = None
     test: dict[str, float] = field(default_factory=dict)
     problem: str = ""
 
@@ -182,46 +185,6 @@ def load(folder: str | os.PathLike) -> Run:
     return Run(os.fspath(folder), info, counts, names, groups, rule, trials, rows, items)
 
 
-def merged(runs: Sequence[Run]) -> Run:
-    """Several runs as one, if their trials were trained and judged on the same images; one run as it is.
-
-    Trials are named after their run.  Raises ValueError, in one line, for runs of different draws.
-    """
-    first = runs[0]
-    if len(runs) == 1:
-        return first
-    if len({os.path.abspath(run.folder) for run in runs}) < len(runs):
-        raise ValueError(f"a run is named twice: {', '.join(run.folder for run in runs)}")
-    for other in runs[1:]:
-        if reason := _differs(first, other):
-            raise ValueError(f"{other.folder} cannot be compared with {first.folder}: {reason}")
-    names = _names(runs)
-    parts = tuple(
-        replace(run, trials=[replace(trial, run=name) for trial in run.trials])
-        for name, run in zip(names, runs, strict=True)
-    )
-    items = next((run.items for run in runs if run.items), None)
-    return replace(first, trials=[trial for part in parts for trial in part.trials], items=items, parts=parts)
-
-
-def _differs(one: Run, other: Run) -> str:
-    """Why two runs have not the same draw of images; empty if they have."""
-    mine, theirs = one.info["data"], other.info["data"]
-    if not np.array_equal(one.counts, other.counts) or one.classes != other.classes:
-        return "they have other classes, or another number of training images per class"
-    if mine.get("digest") != theirs.get("digest"):
-        return f"other images (digest {str(theirs.get('digest'))[:12]}, not {str(mine.get('digest'))[:12]})"
-    rows = [data.get("hashes", {}).get("val") for data in (mine, theirs)]
-    same = not (one.items and other.items) or np.array_equal(one.items.target, other.items.target)
-    return "" if rows[0] == rows[1] and same else "other validation images (another split, fold or protocol)"
-
-
-def _names(runs: Iterable[Run]) -> list[str]:
-    """The last parts of the folders' names, numbered where they are not unique."""
-    names = [run.folder.rstrip("/").rpartition("/")[2] for run in runs]
-    return [name if names.count(name) == 1 else f"{name}-{i + 1}" for i, name in enumerate(names)]
-
-
 def _order(row: Mapping[str, Any]) -> float:
     return math.inf if row["number"] is None else row["number"]
 
@@ -278,7 +241,10 @@ def _validation(trial: Trial, items: Items | None, groups: Groups) -> dict[str, 
     stored = _stored(trial, "val", sum(len(members) for members in groups.values()))
     if items is None or not np.array_equal(stored.target, items.target):
         raise ValueError(f"{trial.row['predictions_val']} has other images than the rest of the run")
-    return reading.validation(stored, items, groups, trial.val)
+    found = reading.validation(stored, items, groups, trial.val)
+    if "pred" in found and criterion(items.images, groups).by == NLL:
+        found["likelihood"] = reading.likelihood(stored, items, found["val"])
+    return found
 
 
 def _test(trial: Trial, items: Items | None, groups: Groups) -> dict[str, Any]:

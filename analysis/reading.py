@@ -100,6 +100,13 @@ def validation(stored: records.Predictions, items: Items, groups: Groups, val: M
     }
 
 
+def likelihood(stored: records.Predictions, items: Items, val: Mapping[str, float]) -> NDArray[np.float32]:
+    """The log-probability [N] of the class of every image at the fitted tau and temperature."""
+    z = metrics.adjust(next(iter(stored.logits.values())) / np.float32(val["temperature"]), stored.counts, val["tau"])
+    z -= z.max(1, keepdims=True)
+    return z[np.arange(len(z)), items.target] - np.log(np.exp(z).sum(1))
+
+
 def curve(hits: NDArray[np.bool_], means: Floats, groups: Groups) -> dict[str, Floats]:
     """Accuracy over images, over classes (`balanced`) and over each group, at every tau of the grid."""
     of = {"balanced": np.arange(means.shape[1]), **groups}

@@ -9,8 +9,11 @@ from plotly.offline import get_plotlyjs
 
 from analysis import numbers
 from analysis.cards import Card, cards
+from analysis.criterion import ACCURACY
 from analysis.evidence import Evidence
-from analysis.load import Run, load, merged
+from analysis.figures import taus
+from analysis.load import Run, load
+from analysis.merging import merged
 from analysis.page import Page
 from analysis.sections import appendix, decide, effort, models, tokens, trade, why
 from analysis.tables import Table, counted, number, percent, signed, text
@@ -58,7 +61,7 @@ def build(run: Run, most: float | None = None) -> Page:
             appendix.section(evidence),
         ],
         versions=run.info.get("versions") or {},
-        more={"tau-curves": tau_curves(run)},
+        more={"tau-curves": tau_curves(run), "tau-norm-curves": taus.normed(evidence)},
     )
 
 
@@ -71,7 +74,10 @@ def lede(evidence: Evidence, deck: Sequence[Card]) -> str:
     best, score = evidence.trials[evidence.best], float(evidence.points["balanced"][evidence.best])
     first = next((claim for card in deck for claim in card.claims if claim.score == "balanced"), None)
     score = first.shown.value if first and first.shown else score
-    reached = f"{count} The best on balance, {best.id}, predicts {percent(score).text} % of each class right on average"
+    by = "" if evidence.criterion.by == ACCURACY else f" by {evidence.criterion.by}"
+    reached = (
+        f"{count} The best on balance{by}, {best.id}, predicts {percent(score).text} % of each class right on average"
+    )
     if evidence.control is None:
         return f"{reached} (validation)."
     if evidence.best == evidence.control:

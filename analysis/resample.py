@@ -14,6 +14,9 @@ Floats = NDArray[np.float64]
 Counts = NDArray[np.uint16]
 Indices = NDArray[np.int64]
 
+LIKELIHOOD = " likelihood"
+"""What the names of mean log-likelihoods end with; like accuracies, more is better."""
+
 CHUNK = 1 << 24
 """Numbers held at once while multiplying: 64 MiB of float32."""
 
@@ -60,6 +63,20 @@ def grouped(
         if name in groups:
             scores[name] = _mean(total, number, exact)
     return {"balanced": _mean(summed, held, exact), **scores}
+
+
+def graded(
+    hits: ArrayLike,
+    likelihood: ArrayLike | None,
+    target: ArrayLike,
+    groups: Mapping[str, ArrayLike],
+    weights: ArrayLike | None = None,
+) -> dict[str, Floats]:
+    """`grouped` of hits, and under names with LIKELIHOOD of log-likelihoods [M, N], if there are any."""
+    found = grouped(hits, target, groups, weights)
+    if likelihood is None:
+        return found
+    return found | {f"{name}{LIKELIHOOD}": own for name, own in grouped(likelihood, target, groups, weights).items()}
 
 
 def unmeasured(target: ArrayLike, groups: Mapping[str, ArrayLike]) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Students with two tokens: what each token knows, how training went, and what `rayltr.inspect` saw in them."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,28 +30,42 @@ def students(evidence: Evidence) -> list[Trial]:
     return [trial for _, trial in sorted(both, key=lambda pair: -pair[0])]
 
 
-def accuracies(evidence: Evidence, trial: Trial, groups: Groups) -> dict[str, dict[str, Estimate]]:
-    """The accuracy of every head as it predicts, without any correction: over all classes (balanced) and by group."""
-    heads, now, drawn = _hits(evidence, trial, groups)
-    return {
-        head: {name: estimates.estimate(float(now[name][0, i]), drawn[name][:, i]) for name in ("balanced", *GROUPS)}
-        for i, head in enumerate(heads)
-    }
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """The heads of a student, as they predict, without any correction.
+
+    now: their scores [1, H] over all classes (balanced) and by group; drawn: the same in every draw, [B, H].
+    """
+
+    heads: list[str]
+    now: dict[str, Floats]
+    drawn: dict[str, Floats]
+
+    def accuracies(self) -> dict[str, dict[str, Estimate]]:
+        """The accuracy of every head: over all classes and by group."""
+        names = ("balanced", *GROUPS)
+        return {
+            head: {name: estimates.estimate(float(self.now[name][0, i]), self.drawn[name][:, i]) for name in names}
+            for i, head in enumerate(self.heads)
+        }
+
+    def apart(self) -> dict[str, Estimate]:
+        """By group, how much better the distillation token is than the class token, image by image."""
+        one, other = self.heads.index("dist"), self.heads.index("cls")
+        return {name: estimates.difference(self.drawn[name], one, other, self.now[name][0]) for name in GROUPS}
 
 
-def apart(evidence: Evidence, trial: Trial) -> dict[str, Estimate]:
-    """By group, how much better the distillation token is than the class token, image by image."""
-    heads, now, drawn = _hits(evidence, trial, evidence.run.groups)
-    one, other = heads.index("dist"), heads.index("cls")
-    return {name: estimates.difference(drawn[name], one, other, now[name][0]) for name in GROUPS}
-
-
-def _hits(evidence: Evidence, trial: Trial, groups: Groups) -> tuple[list[str], dict[str, Floats], dict[str, Floats]]:
-    """The heads, and their scores [1, heads] and in every draw [B, heads]."""
+def hits(evidence: Evidence, trial: Trial) -> dict[str, NDArray[np.bool_]]:
+    """Whether each head predicts each validation image right, [N] by head."""
     stored = records.read_predictions(records.within(trial.folder, trial.row["predictions_val"]))
-    hits = np.stack([pred == evidence.target for pred in stored.pred.values()])
-    now = resample.grouped(hits, evidence.target, groups)
-    return list(stored.pred), now, resample.grouped(hits, evidence.target, groups, evidence.draws)
+    return {head: pred == evidence.target for head, pred in stored.pred.items()}
+
+
+def judged(evidence: Evidence, found: Mapping[str, NDArray[np.bool_]], groups: Groups) -> Judged:
+    """The heads of `hits` by groups of classes."""
+    stacked = np.stack([*found.values()])
+    now = resample.grouped(stacked, evidence.target, groups)
+    return Judged([*found], now, resample.grouped(stacked, evidence.target, groups, evidence.draws))
 
 
 def epochs(trials: Iterable[Trial]) -> dict[str, dict[str, list[Floats]]]:

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rayltr.choice import best
-from rayltr.studies import STUDY, Study
+from rayltr.spec import RandomTrial
+from rayltr.studies import CHECKED, STUDY, Plan, Study
 
 
 class Mended:
@@ -53,3 +54,23 @@ def winner(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """The best trial by balanced accuracy, unless it is plain itself; None before there is one."""
     row = best(rows).get("balanced")
     return row if row and row.get("p.arm") == STUDY else None
+
+
+def ablatable(study: Study, plan: Plan) -> None:
+    """Sets back every choice of random points and presets.  Raises ValueError where that gives no chain."""
+    points, asked = [{"arm": STUDY, **params} for params in study.presets.values()], set[str]()
+    for seed in range(CHECKED):
+        trial = RandomTrial(seed)
+        study.space(trial)
+        points.append({"arm": STUDY, **trial.asked})
+    for params in points:
+        asked |= params.keys()
+        for changed in set_back(study, params).values():
+            plan.stage(study, changed)
+    if not study.plain:
+        raise ValueError(f"--ablate: the study {study.name} does not say which values of its choices are plain; "
+                         'give its file PLAIN = {"mixing": "none", ...}')  # fmt: skip
+    if unknown := [name for name in study.plain if name not in asked]:
+        raise ValueError(
+            f"--ablate: PLAIN of the study {study.name} has {unknown[0]!r}, for which its space never asks"
+        )

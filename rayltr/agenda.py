@@ -59,6 +59,13 @@ class Job:
         """(line, address, epochs) of every stage, parents first."""
         return [(line(own), digest(own), own.epochs) for own in chain(self.stage)] if self.stage else []
 
+    @cached_property
+    def shape(self) -> Any:
+        """What jobs share that pay when they are trained as one; one that is no valid chain has a shape of its own."""
+        own = chain(self.stage) if self.stage else []
+        kinds = {(one.method.name, one.backbone, one.batch, one.precision, one.source) for one in own if one.epochs}
+        return (frozenset(kinds), sum(one.epochs for one in own)) if self.stage else self.trial
+
 
 class Agenda:
     """The jobs of a search.
@@ -85,14 +92,14 @@ class Agenda:
         self.chosen: dict[tuple[int, Any], list[int | None]] = {}
         self.asked_all = False
 
-    def next(self) -> Job | None:
-        """The job to begin now, or None when nothing may begin before another ends."""
+    def next(self, like: Job | None = None) -> Job | None:
+        """The job to begin now, or None when nothing may begin before another ends; only one of the shape of `like`."""
         if any(job.again for job, _ in self.running.values()):
             return None
-        free = self.ready()
+        free = self.ready(like)
         while not self.asked_all and len(free) <= self.ahead and len(self.waiting) < self.ahead + KEPT_BACK:
             self.proposed()
-            free = self.ready()
+            free = self.ready(like)
         if not free:
             return None
         first = max(free, key=self.trained) if self.ahead else free[0]
@@ -100,10 +107,10 @@ class Agenda:
         self.running[first.trial] = (first, 0)
         return first
 
-    def ready(self) -> list[Job]:
+    def ready(self, like: Job | None = None) -> list[Job]:
         """The waiting jobs that could begin now."""
         self.waiting += self.due()
-        return [job for job in self.waiting if self.free(job)]
+        return [job for job in self.waiting if self.free(job) and (like is None or job.shape == like.shape)]
 
     def proposed(self) -> None:
         job = self.propose()

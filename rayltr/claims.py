@@ -1,6 +1,7 @@
 """Claims: which process is making an artifact.  A claim is a small file that its holder renews.
 
-On one machine the holder's process decides whether a claim stands; from another machine its last renewal does.
+On one machine the holder's process decides whether a claim stands, known by its beginning as well, because process
+ids come again; from another machine, or from before a reboot, its last renewal does.
 Local folders decide a race by an exclusive create; elsewhere two may win in a blink, which costs work and no result.
 
 A file of the run tells its trials, on whatever machine, to store what they have and to stop.
@@ -19,11 +20,13 @@ from typing import Any
 
 from pyarrow import fs as arrow
 
-from rayltr.records import put
+from rayltr.files import put
 
 BEAT_S = 5.0
 EXPIRY_S = 60.0
 """A claim of another machine that was not renewed for this long belongs to nobody."""
+HELD: set[str] = set()
+"""The owners of the claims that this process holds, in whichever of its threads."""
 STOP = "stop"
 """In the folder of a run: its trials are to stop."""
 
@@ -43,6 +46,7 @@ class Claim:
         with contextlib.suppress(OSError):
             if self._still_mine():
                 self.files.delete_file(self.path)
+        HELD.discard(self.mine["owner"])
 
     def _beat(self) -> None:
         while not self.over.wait(BEAT_S):
@@ -57,16 +61,48 @@ class Claim:
 
 def take(files: arrow.FileSystem, path: str) -> Claim | None:
     """The claim, unless somebody who is alive holds it."""
-    mine = {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+    mine = {"owner": uuid.uuid4().hex, **myself(), "time": time.time()}
     held = read(files, path)
     if held is not None and (alive(held) or not removed(files, path, held)):
         return None
-    return Claim(files, path, mine) if created(files, path, mine) else None
+    HELD.add(mine["owner"])  # before another thread can see the file
+    if created(files, path, mine):
+        return Claim(files, path, mine)
+    HELD.discard(mine["owner"])
+    return None
+
+
+def myself() -> dict[str, Any]:
+    """This process, so that no other one is ever taken for it."""
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "boot": boot(), "pid": pid, "began": began(pid)}
+
+
+@cache
+def boot() -> str:
+    """A name of the time since this machine was started; empty where it has none (outside of Linux)."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def began(pid: int) -> int | None:
+    """When a process began, in ticks since the boot; None where that cannot be seen."""
+    try:
+        behind_the_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
+        return int(behind_the_name.split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def alive(held: dict[str, Any]) -> bool:
-    if held.get("host") != socket.gethostname():
+    if held.get("host") != socket.gethostname() or held.get("boot", boot()) != boot():
         return time.time() - held.get("time", 0) < EXPIRY_S
+    if held["pid"] == os.getpid():
+        return held.get("owner") in HELD
+    if len({began(held["pid"]), held.get("began")} - {None}) > 1:
+        return False
     try:
         os.kill(held["pid"], 0)
     except ProcessLookupError:

@@ -112,6 +112,7 @@ def meant(error: Exception) -> Exception:
     causes = getattr(error, "worker_failures", {}).values()
     if any(hasattr(cause, "health_check_failure") for cause in causes):  # the process is gone
         return MemoryError(f"a worker died twice (killed, or out of memory)\n{error}")
-    if any(isinstance(cause, OSError) for cause in causes):
-        return OSError(str(error))
+    for cause in causes:
+        if isinstance(cause, OSError):
+            return OSError(cause.errno, str(error), cause.filename)
     return error

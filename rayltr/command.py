@@ -28,7 +28,7 @@ PROBE = -2.0
 """Stands for the share of a GPU that a trial is measured to need (`--gpus-per-trial auto`)."""
 
 LEAST = {
-    **dict.fromkeys(("trials", "epochs", "batch", "workers", "cpus_per_trial", "threads", "size", "ratio"), 1),
+    **dict.fromkeys(("trials", "epochs", "batch", "workers", "stack", "cpus_per_trial", "threads", "size", "ratio"), 1),
     **dict.fromkeys(("concurrent", "finalists", "gpus_per_trial", "seed", "imbalance_seed", "snapshot_seconds"), 0),
 }
 """The smallest value of each option that is a number."""

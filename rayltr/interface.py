@@ -2,7 +2,9 @@
 
 import ctypes
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -86,17 +88,40 @@ class State:
     shards: tuple[tuple[str, int], ...] = ()
 
 
+class Lane:
+    """How a training run shares its process with others: this one has it to itself (see `rayltr.stacked`)."""
+
+    def training(self, module: nn.Module, built: Hashable) -> AbstractContextManager:
+        """Around the epochs of a stage.  built: what says how the module's backbone was made."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def clock(self) -> float:
+        """Seconds, of which differences count."""
+        return time.monotonic()
+
+    def rest(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+ALONE = Lane()
+
+
 @dataclass(frozen=True)
 class Resources:
     """Where and how fast, never what: nothing here is part of a stage's identity.
 
     device: "cpu", "cuda" or None for what there is.  threads: CPU threads of this process, None leaves them.
-    snapshot_s: seconds between snapshots (the most that a crash can cost, besides one epoch).
+    snapshot_s: seconds between snapshots (the most that a crash can cost, besides one epoch).  lane: of this process,
+    where several trials share it.
     """
 
     device: str | None = None
     threads: int | None = None
     snapshot_s: float = 60.0
+    lane: Lane = ALONE
 
     def place(self) -> torch.device:
         return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -29,7 +29,8 @@ class Settings:
     trials: proposals in all.  start: presets that are proposed first.  warm: folders of other runs to learn from.
     ahead: proposals drawn in advance to begin with what is trained already.  finalists: recipes that are trained again
     with other seeds at the end.  ablate: whether the best recipe is trained with each of its choices set back.
-    cpus, gpus: per worker process.  concurrent: trials at once, 0 for as many as fit.
+    cpus, gpus: per worker process.  concurrent: trials at once, 0 for as many as fit; each of them may be up to `stack`
+    trials that are trained as one.
     """
 
     run: str
@@ -44,6 +45,7 @@ class Settings:
     finalists: int = 0
     ablate: bool = False
     workers: int = 1
+    stack: int = 1
     cpus: int = 1
     gpus: float = 0.0
     concurrent: int = 0
@@ -65,6 +67,7 @@ class Ledger:
     machine interrupted (a full disk) is run once more too and, if that fails, left `open` for a resumed search.  One
     that lost its machine simply goes on elsewhere.
 
+    jobs: what runs under each of Tune's identifiers; several only where trials are trained as one.
     nodes: the machines of the running trials, by Tune's identifiers; a trial that has not begun has none yet.
     leaving: the search was told to stop, and its trials are storing what they have.  error: why no more can be
     written, a full disk perhaps, which ends the search, but in order: what was found is kept.
@@ -75,7 +78,7 @@ class Ledger:
     agenda: Agenda
     progress: Progress
     boards: Boards
-    jobs: dict[str, Job] = field(default_factory=dict)
+    jobs: dict[str, list[Job]] = field(default_factory=dict)
     finals: dict[str, dict[str, Any]] = field(default_factory=dict)
     nodes: dict[str, str] = field(default_factory=dict)
     losses: Counter[str] = field(default_factory=Counter)
@@ -89,21 +92,36 @@ class Ledger:
 
     def begin(self, trial_id: str) -> Job | None:
         """The job to run under an identifier of Tune's, or None when it has to wait or nothing is left."""
+        job = self.next()
+        if job is not None:
+            self.jobs[trial_id] = [job]
+        return job
+
+    def beside(self, trial_id: str) -> list[Job]:
+        """More jobs for the process of the one that just began, to be trained as one with it."""
+        jobs = self.jobs[trial_id]
+        while jobs[0].stage and len(jobs) < self.settings.stack and (job := self.next(jobs[0])):
+            jobs.append(job)
+        return jobs[1:]
+
+    def next(self, like: Job | None = None) -> Job | None:
         try:
-            job = None if self.leaving else self.agenda.next()
+            return None if self.leaving else self.agenda.next(like)
         except OSError as error:
             self.broken(error)
             return None
-        if job is not None:
-            self.jobs[trial_id] = job
-        return job
 
     def heard(self, trial_id: str, result: dict[str, Any]) -> None:
         """A report of a running trial."""
         self.nodes[trial_id] = result["node"]
         if result["final"]:
-            self.finals[trial_id] = result
-            return
+            jobs = self.jobs.get(trial_id, [])
+            if len(jobs) < 2:
+                self.finals[trial_id] = result
+                return
+            job = next(job for job in jobs if job.trial == result["trial"])
+            jobs.remove(job)  # its process goes on with others
+            return self.concluded(job, result)
         if "restarted" in result:
             self.progress.say(f"  {result['trial']} lost a worker; its workers go on from the last snapshot")
             return
@@ -126,12 +144,14 @@ class Ledger:
 
     def end(self, trial_id: str, died: bool, lost: bool = False) -> None:
         """A trial has ended, or its process has died, perhaps because the machine was `lost`."""
-        job = self.jobs.pop(trial_id, None)
+        jobs = self.jobs.pop(trial_id, [])
         self.nodes.pop(trial_id, None)
-        if job is None:
-            return
         gone: dict[str, Any] = {"state": "memory", "error": "the process of the trial died (killed, or out of memory)"}
-        result = {"started": time.time(), **(self.finals.pop(trial_id, gone) if not died else gone)}
+        for job in jobs:
+            result = {"started": time.time(), **(self.finals.pop(trial_id, gone) if not died else gone)}
+            self.concluded(job, result, lost)
+
+    def concluded(self, job: Job, result: dict[str, Any], lost: bool = False) -> None:
         try:
             self.settled(job, result, lost)
         except Exception as error:  # Tune would swallow it, and wait for this job for ever
@@ -167,7 +187,7 @@ class Ledger:
 
     def broken(self, error: Exception) -> None:
         """Ends the search, as an interrupt would, when no more can be written."""
-        self.error = error
+        self.error = self.error or error
         if not self.leaving:
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -10,22 +10,27 @@ from typing import Any
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from rayltr import records
 from rayltr.agenda import Agenda, Job, Values
 from rayltr.choice import repeated, rung_of
+from rayltr.files import save
 from rayltr.objectives import BALANCED, OBJECTIVES, direction, values
 from rayltr.sampling import RESULT, number
 from rayltr.spec import parse
 from rayltr.studies import CONTROL, EVERY, FIDELITIES, STUDY, Plan, find
+
+ENTRY = b'{"op_code":'
+"""How every entry of Optuna's journal begins."""
 
 
 class Proposals:
     """The proposals of a run, each a point of the study's space under a number of its own.
 
     plans: one for each rung, the last at full length.  starts: points of the study to propose first.  What a crash
-    left open is proposed again, before anything else, under its number and with what was drawn for it.
+    left open, or took from the records, is proposed again, before anything else, under its number and with what was
+    drawn for it.
     """
 
     def __init__(
@@ -41,18 +46,23 @@ class Proposals:
         self.space = find(plans[-1].study)
         self.study = journal(run, self.objectives)
         self.study.sampler = sampler
-        self._reopen({row["number"]: row for row in ended(run) if not rung_of(row) and not repeated(row)})
+        rows = {row["number"]: row for row in ended(run) if not rung_of(row) and not repeated(row)}
+        self._reopen(rows)
+        self.lost = [(own, one) for own, one in self.own().items() if one.state.is_finished() and own not in rows]
         begun = "numbers" in self.study.user_attrs  # said when all are laid down, so a crash in between shows
-        known = len(self.drawn())
+        known = len(self.own())
         for position, point in enumerate(laid_out(trials, () if begun else starts)):
             if position >= known:
                 self.study.enqueue_trial(point)
         self.study.set_user_attr("numbers", max(trials, known))
 
+    def own(self) -> dict[int, FrozenTrial]:
+        """The proposals by their numbers; what was learnt from other runs has none."""
+        return dict(enumerate(one for one in self.study.get_trials(deepcopy=False) if RESULT not in one.user_attrs))
+
     def drawn(self) -> dict[int, dict[str, Any]]:
         """The parameters of every proposal as Optuna has them: the records hold no None, and mixed kinds as text."""
-        own = (one for one in self.study.get_trials(deepcopy=False) if RESULT not in one.user_attrs)
-        return {number: one.params for number, one in enumerate(own)}
+        return {number: one.params for number, one in self.own().items()}
 
     def params(self, row: Mapping[str, Any], drawn: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
         """The parameters of a row of the trials table; `drawn`, where it has them, keeps their kinds."""
@@ -71,7 +81,7 @@ class Proposals:
     def agenda(self, fidelity: str, ahead: int) -> Agenda:
         """The agenda of what is left to do."""
         made = Agenda(self.propose, self.promoted, FIDELITIES[fidelity], ahead)
-        made.asked_all = not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        made.asked_all = not self.waiting()
         drawn = self.drawn()
         for row in (row for row in ended(self.run) if not repeated(row)):
             params = self.params(row, drawn)
@@ -80,15 +90,24 @@ class Proposals:
             made.ended(job, self.judged(found), self.merit(row))
         return made
 
+    def waiting(self) -> bool:
+        """Whether there are proposals to be made."""
+        return bool(self.lost or self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+
     def propose(self) -> Job | None:
-        """The next proposal, or None when all have been made."""
-        if not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        """The next proposal, or None when all have been made.  Raises OSError when the journal cannot be written."""
+        if not self.waiting():
             return None
+        if self.lost:
+            own, known = self.lost.pop(0)
+            return self.job(own, 0, known.params, known.number)
         trial = self.study.ask()
         broken = None
         try:
             self.space(trial)
         except ValueError as error:
+            if isinstance(error.__cause__, OSError):  # a full disk, met while drawing, is no verdict on the recipe
+                raise error.__cause__ from None
             broken = str(error)
         return self.job(number(self.study, trial), 0, trial.params, trial.number, broken)
 
@@ -104,11 +123,11 @@ class Proposals:
         return Job(own, rung, params, asked, stage, broken)
 
     def tell(self, asked: int, found: Sequence[float] | None) -> None:
-        """Tells Optuna what a proposal reached on the lowest rung: its objectives, or that it failed."""
+        """Tells Optuna what a proposal reached on the lowest rung: its objectives, or that it failed; once."""
         if found is None:
-            self.study.tell(asked, state=TrialState.FAIL)
+            self.study.tell(asked, state=TrialState.FAIL, skip_if_finished=True)
         else:
-            self.study.tell(asked, list(found))
+            self.study.tell(asked, list(found), skip_if_finished=True)
 
     def merit(self, row: Mapping[str, Any]) -> float | None:
         """By what else a row of the trials table may be promoted: the area of many x few, where balance is wanted."""
@@ -133,6 +152,29 @@ def journal(run: str, objectives: Sequence[str]) -> optuna.Study:
         directions=["minimize" if direction(name) == "min" else "maximize" for name in objectives],
         load_if_exists=True,
     )
+
+
+def mend(path: Path) -> None:
+    """Takes from Optuna's journal what a crash or a full disk may have left: torn lines, and its lock.
+
+    Optuna would wait for the lock, and read nothing behind a torn line.  What was written behind half a line, on the
+    same one, stays; the records tell the study again what is missing.
+    """
+    if path.exists():
+        lines = path.read_bytes().splitlines(keepends=True)
+        whole = [entry for found in lines if (entry := mended(found))]
+        if whole != lines:
+            save(path, b"".join(whole))
+    Path(f"{path}.lock").unlink(missing_ok=True)
+
+
+def mended(found: bytes) -> bytes:
+    """The last whole entry in a line of the journal; nothing where there is none."""
+    entry = found[max(found.rfind(ENTRY), 0) :]
+    try:
+        return entry if found.endswith(b"\n") and isinstance(json.loads(entry), dict) else b""
+    except ValueError:
+        return b""
 
 
 def laid_out(trials: int, starts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

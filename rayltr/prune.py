@@ -1,8 +1,8 @@
 """`python -m rayltr.prune RUN`: makes the folder of a finished run small.
 
-Weights stay for the trials that a run would ship, those on its head/tail front and the best by its objective: the end
-of their last stage, and of the teacher that it needs to predict.  Records, predictions of all trials and reports stay,
-so that everything but the export of the other trials works as before.
+Weights stay for the trials that a run would ship, alone or as an ensemble, those on its head/tail front and the best
+by its objective: the end of their last stage, and of the teacher that it needs to predict.  Records, predictions of
+all trials and reports stay, so that everything but the export of the other trials works as before.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from pyarrow import fs
 
+from analysis import ensembles
 from analysis.load import Trial, load
 from analysis.pareto import front
 from rayltr import claims, command, records
@@ -94,9 +95,15 @@ def reasons(run: Path, rows: Mapping[str, Mapping[str, Any]], keep: int) -> dict
     found = load(run)
     aim = found.info["settled"].get("objectives", ["balanced_nll"])[0]
     why = [(row["trial"], name) for name, row in best(rows.values()).items()]
+    why += [(trial, "ensemble") for trial in together(run)]
     why += [(trial, "front") for trial in on_front(found.finished)]
     why += [(trial, f"top {keep} by {aim}") for trial in leading(found.finished, direction(aim))[:keep]]
     return {trial: [reason for other, reason in why if other == trial] for trial, _ in sorted(why)}
+
+
+def together(run: Path) -> list[str]:
+    """The members of the ensemble that `rayltr export --ensemble` would write, if there is one."""
+    return sorted({member.trial for member in ensembles.study(run).members})
 
 
 def on_front(trials: Iterable[Trial]) -> list[str]:

@@ -5,8 +5,8 @@
     records/epochs.parquet       a row per trial, stage, epoch, split and metric
     store/*/*.parquet            logits of one split, one column per head
 
-Every file appears whole: it is written beside its place and renamed.  There is one writer, the driver.  A folder may
-be a local path or a URI that `pyarrow.fs` knows (`s3://...`).  Parquet keeps the tables open to DuckDB, Polars, pandas.
+Every file appears whole (see `rayltr.files`).  There is one writer, the driver.  A folder may be a local path or a URI
+that `pyarrow.fs` knows (`s3://...`).  Parquet keeps the tables open to DuckDB, Polars, pandas.
 """
 
 import io
@@ -14,9 +14,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +22,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 from pyarrow import fs
+
+from rayltr.files import filesystem, save
 
 SCHEMA = 1
 """Version of the layout of a run folder."""
@@ -92,37 +92,9 @@ class Predictions:
     digest: str
 
 
-def filesystem(path: str | os.PathLike) -> tuple[fs.FileSystem, str]:
-    """The file system of a plain path or a URI, and the (absolute) path in it."""
-    text = os.fspath(path)
-    if "://" in text:
-        return fs.FileSystem.from_uri(text)
-    return fs.LocalFileSystem(), str(Path(text).expanduser().absolute())
-
-
 def within(folder: str | os.PathLike, name: str) -> str:
     """The path or URI of something in a run folder."""
     return f"{os.fspath(folder).rstrip('/')}/{name}"
-
-
-def save(path: str | os.PathLike, content: bytes) -> None:
-    """Write a whole file or nothing: beside its place, then renamed.  Missing folders are made."""
-    system, place = filesystem(path)
-    system.create_dir(os.path.dirname(place), recursive=True)
-    put(system, place, content)
-
-
-def put(system: fs.FileSystem, place: str, content: bytes) -> None:
-    """`save` where the file system is known and the folder is there."""
-    beside = f"{place}.{uuid4().hex}.part"
-    try:
-        with system.open_output_stream(beside) as stream:
-            stream.write(content)
-        system.move(beside, place)
-    except BaseException:
-        if system.get_file_info(beside).type == fs.FileType.File:
-            system.delete_file(beside)
-        raise
 
 
 def write_run(folder: str | os.PathLike, run: Mapping[str, Any]) -> None:
@@ -189,6 +161,26 @@ def append_epochs(folder: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) 
     table, old = pa.Table.from_pylist(list(rows), schema=EPOCHS), read_epochs(folder)
     kept = old.filter(pc.invert(pc.is_in(old["trial"], value_set=table["trial"].combine_chunks())))
     _write_table(within(folder, "records/epochs.parquet"), pa.concat_tables([kept, table]))
+
+
+def set_aside(folder: str | os.PathLike) -> list[str]:
+    """Renames damaged tables to `NAME.damaged`, so that they can be written anew; the names of these tables."""
+    found = []
+    for name in ("records/trials.parquet", "records/epochs.parquet"):
+        system, place = filesystem(within(folder, name))
+        if _damaged(system, place):
+            system.move(place, f"{place}.damaged")
+            found.append(name)
+    return found
+
+
+def _damaged(system: fs.FileSystem, place: str) -> bool:
+    try:
+        with system.open_input_file(place) as file:
+            pq.read_table(file, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        return getattr(error, "errno", None) is None  # what the disk or its rights say of now is no damage
+    return False
 
 
 def trials_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:

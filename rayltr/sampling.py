@@ -21,7 +21,7 @@ from rayltr import records
 from rayltr.catalogue import nearest
 from rayltr.choice import rung_of, score, whole
 from rayltr.objectives import OBJECTIVES, direction
-from rayltr.studies import STUDY, Plan, Study
+from rayltr.studies import EVERY, STUDY, Plan, Study
 
 Ranges = dict[str, BaseDistribution]
 Point = tuple[str, dict[str, Any], list[float]]
@@ -134,9 +134,18 @@ def sampler(name: str, seed: int, designed: int) -> BaseSampler:
     return Design(seed) if name == "quasi" else Phased(name, seed, 0 if name == "random" else designed)
 
 
-def designed(trials: int) -> int:
-    """How many trials of a search are a design: three tenths, rounded up."""
-    return -(-3 * trials // 10)
+def designed(trials: int, starts: int = 0) -> int:
+    """After how many trials of a search its design ends.
+
+    Three tenths of all trials, rounded up, are points of the study that it draws, besides the control arm's and the
+    presets that are tried first (`starts`).
+    """
+    free = -starts
+    for own in range(trials):
+        free += own % EVERY != 0
+        if 10 * free >= 3 * trials:
+            return own + 1
+    return trials
 
 
 def earlier(study: optuna.Study, trial: Any) -> list[FrozenTrial]:

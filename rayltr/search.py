@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rayltr import command, objectives, records, studies
-from rayltr.ablation import set_back
+from rayltr.ablation import ablatable
 from rayltr.catalogue import names, nearest
 from rayltr.choice import SEEDS, finalists
 from rayltr.command import FAILED, INTERRUPTED, PROBE, Refused
@@ -36,8 +36,6 @@ FIDELITY = (
 )
 AHEAD = 4
 """How many proposals are drawn in advance with --prefer-stored."""
-CHECKED = 24
-"""Random points of a space that are checked before a search starts: a misspelt name is found now, not after hours."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,6 +73,8 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--gpus-per-trial", type=gpus, metavar="G|auto",
                        help="may be a fraction, auto: as measured (default 1 where there are GPUs)")  # fmt: skip
     group.add_argument("--workers", type=int, default=1, metavar="W", help="processes per trial, by Ray Train")
+    group.add_argument("--stack", type=int, default=1, metavar="K",
+                       help="train up to K trials as one, for small networks on a GPU (default 1)")  # fmt: skip
     group.add_argument("--address", metavar="auto|HOST:PORT", help="an existing Ray cluster (default: this machine)")
     group.add_argument("--no-dashboard", action="store_true", help="start without Ray's dashboard")
     group.add_argument("--snapshot-seconds", type=float, default=10.0, metavar="S", help="what a crash may cost")
@@ -92,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(studies.listing(studies.find(options.study))) if options.study else catalogue_text())
         return 0
     aims = objectives.parse(options.objective)
+    typed = {"fidelity": options.fidelity, "precision": options.precision}
     study, plan = asked(options)
     room(options)
     data = command.opened(plan.source)  # type: ignore[arg-type]
@@ -99,7 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan = replace(plan, batch=command.fitting_batch(len(data.train)))
     chosen = {**command.plan_json(plan), "study": study.name, "source": data.digest}
     settled = {**chosen, "objectives": aims, "sampler": options.sampler, "fidelity": options.fidelity}
-    run = folder(options, study, plan, command.fingerprint(settled, study.file.read_bytes().hex()))
+    run = folder(options, study, plan, command.fingerprint({**settled, **typed}, study.file.read_bytes().hex()))
+    if options.resume:
+        settled |= kept(run, typed)
+        plan, options.fidelity = replace(plan, precision=settled["precision"]), settled["fidelity"]
     new = begin(run, options, study, settled, data, arguments)
     if plan.study != study.name:  # a file of the user's: what is edited meanwhile must not change a running search
         plan = replace(plan, study=str(run / f"{study.name}.py"))
@@ -142,6 +146,12 @@ def asked(options: argparse.Namespace) -> tuple[Study, Plan]:
         checked(study, rung)
     if options.ablate:
         ablatable(study, plan)
+    for other in options.warm_start:
+        records.read_run(other)
+    if options.workers > 1 and options.gpus_per_trial not in (None, "auto") and 0 < options.gpus_per_trial < 1:
+        raise ValueError("the workers of a trial need a whole GPU each: --gpus-per-trial 1, or one worker per trial")
+    if options.stack > 1 and options.workers > 1:
+        raise ValueError("--stack trains several trials in one process, --workers one trial in several; choose one")
     return study, plan
 
 
@@ -153,7 +163,7 @@ def presets(options: argparse.Namespace) -> tuple[str, ...] | None:
 def checked(study: Study, plan: Plan) -> None:
     """Completes random points of both arms and every preset.  Raises ValueError for the first that cannot be."""
     ranges: dict[str, str] = {}
-    for seed in range(CHECKED):
+    for seed in range(studies.CHECKED):
         for arm in (studies.STUDY, studies.CONTROL):
             trial = RandomTrial(seed)
             plan.changed(study.point(arm, trial))
@@ -165,26 +175,6 @@ def checked(study: Study, plan: Plan) -> None:
                                      "one name has one range")  # fmt: skip
     for params in study.presets.values():
         plan.stage(study, {"arm": studies.STUDY, **params})
-
-
-def ablatable(study: Study, plan: Plan) -> None:
-    """Sets back every choice of random points and presets.  Raises ValueError where that gives no chain."""
-    points, asked = [{"arm": studies.STUDY, **params} for params in study.presets.values()], set[str]()
-    for seed in range(CHECKED):
-        trial = RandomTrial(seed)
-        study.space(trial)
-        points.append({"arm": studies.STUDY, **trial.asked})
-    for params in points:
-        asked |= params.keys()
-        for changed in set_back(study, params).values():
-            plan.stage(study, changed)
-    if not study.plain:
-        raise ValueError(f"--ablate: the study {study.name} does not say which values of its choices are plain; "
-                         'give its file PLAIN = {"mixing": "none", ...}')  # fmt: skip
-    if unknown := [name for name in study.plain if name not in asked]:
-        raise ValueError(
-            f"--ablate: PLAIN of the study {study.name} has {unknown[0]!r}, for which its space never asks"
-        )
 
 
 def room(options: argparse.Namespace) -> None:
@@ -217,13 +207,26 @@ def folder(options: argparse.Namespace, study: Study, plan: Plan, asked: str) ->
     return Path(options.storage).absolute() / (options.name or f"{study.name}-{data}-{asked}")
 
 
+def kept(run: Path, typed: Mapping[str, str | None]) -> dict[str, Any]:
+    """What the machine or the number of trials decided when a run began; it holds when the run goes on elsewhere."""
+    if not (run / "run.json").exists():
+        return {}
+    before = records.read_run(run).get("settled", {})
+    return {name: before[name] for name, value in typed.items() if value in (None, "auto") and name in before}
+
+
 def begin(run: Path, options: Any, study: Study, settled: Mapping, data: Any, arguments: Sequence[str] | None) -> bool:
     """Makes the run's folder (and says so), or checks that an existing one is the same search.  Raises `Refused`."""
     settled = json.loads(json.dumps(settled))
     if (run / "run.json").exists():
         info = records.read_run(run)
-        if info.get("settled") != settled or (run / f"{study.name}.py").read_bytes() != study.file.read_bytes():
-            raise Refused(f"{run} is a run with other arguments, data or study; choose another --name")
+        before = info.get("settled", {})
+        other = [{"source": "data"}.get(name, name) for name in settled if settled[name] != before.get(name)]
+        if other or (run / f"{study.name}.py").read_bytes() != study.file.read_bytes():
+            what = f"; what differs: {', '.join(other or ['the file of the study'])}"
+            raise Refused(f"{run} is a run with other arguments, data or study; choose another --name{what}")
+        for table in records.set_aside(run) if options.resume else ():
+            print(f"note: {table} is damaged; it is {Path(table).name}.damaged now, and the search goes on without it")
         ended, wanted = counted(run, options)
         if (ended < wanted or (run / "ray").exists()) and not options.resume:  # Ray's files go when a search has ended
             have = f"{run} has {ended} of {wanted} trials" if ended < wanted else f"{run} has not come to its end"
@@ -255,7 +258,7 @@ def searched(run: Path, new: bool, options: Any, plan: Plan, aims: tuple[str, ..
         run=str(run), plan=plan, trials=options.trials, objectives=aims, sampler=options.sampler,
         fidelity=options.fidelity, start=presets(options), warm=tuple(options.warm_start),
         ahead=AHEAD * options.prefer_stored, finalists=options.finalists, ablate=options.ablate,
-        workers=options.workers, cpus=options.cpus_per_trial,
+        workers=options.workers, stack=options.stack, cpus=options.cpus_per_trial,
         gpus={None: -1.0, "auto": PROBE}.get(options.gpus_per_trial, options.gpus_per_trial),
         concurrent=options.concurrent, address=options.address, dashboard=not options.no_dashboard,
         snapshot_s=options.snapshot_seconds,

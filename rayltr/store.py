@@ -24,9 +24,9 @@ from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 
 from rayltr.claims import Claim, take
+from rayltr.files import filesystem, put
 from rayltr.interface import State
 from rayltr.parallel import share
-from rayltr.records import filesystem, put
 from rayltr.spec import Stage, dump, end, line, start
 
 log = logging.getLogger(__name__)

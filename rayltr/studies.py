@@ -20,6 +20,8 @@ CONTROL, STUDY = "control", "study"
 """The two values of the parameter `arm`: the tuned plain baseline that every search contains, and the study itself."""
 
 
+CHECKED = 24
+"""Random points of a space that are checked before a search: a misspelt name is found now, not after hours."""
 EVERY = 5
 """The first and then every fifth proposal of a search is of the control arm."""
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from analysis import fidelity
-from analysis.load import load
+from analysis import ablations, fidelity
+from analysis.evidence import Evidence
+from analysis.load import Run, load
 from analysis.pareto import front
+from analysis.tables import gained
 from rayltr import records
 from rayltr.choice import WHOLE, ablated, best, finalist, score
 from rayltr.progress import Progress, described
@@ -33,9 +35,10 @@ def finished(run: Path, progress: Progress, before: Collection[str]) -> int:
         records.write_run(run, {**records.read_run(run), "rungs": said})
         progress.say("\n".join(map(agreed, rungs)))
     if chosen:
-        progress.say(f"\n{table(chosen)}\n\n{front_table(run)}\n")
-    for more in filter(None, (finalists_table(rows), ablation_table(rows))):
-        progress.say(f"{more}\n")
+        loaded = load(run)
+        progress.say(f"\n{table(chosen)}\n\n{front_table(loaded)}\n")
+        for more in filter(None, (finalists_table(rows), ablation_table(rows), spare(loaded))):
+            progress.say(f"{more}\n")
     run = Path(os.path.relpath(run)) if run.is_relative_to(Path.cwd()) else run
     report = import_module("analysis.report").write(run)  # plotly, only now that there is something to draw
     progress.say(f"report: {report}")
@@ -113,6 +116,13 @@ def ablation_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(tables)
 
 
+def spare(run: Run) -> str:
+    """Which choices the winner of an ablation is better without, by the 95 % interval over the images; "" for none."""
+    winner, parts = ablations.parts(Evidence(run))
+    said = [f"{own.name} ({gained(own.changes['balanced']).text} points)" for own in parts if own.spare]
+    return f"{winner} is better without {', '.join(said)}" if said else ""
+
+
 def cells(row: Mapping[str, Any], names: Sequence[str], form: str, other: Mapping[str, Any] | None = None) -> str:
     """Scores in per cent, or how far they are from those of another trial."""
     return "".join(format(100 * (score(row, name) - (score(other, name) if other else 0.0)), form) for name in names)
@@ -126,9 +136,9 @@ def spread(values: Sequence[float]) -> str:
     )
 
 
-def front_table(run: Path) -> str:
+def front_table(run: Run) -> str:
     """The head/tail front over all trials and tau, thinned to a few lines."""
-    trials = [trial for trial in load(run).finished if np.isfinite(trial.points()[:, 1:]).all()]
+    trials = [trial for trial in run.finished if np.isfinite(trial.points()[:, 1:]).all()]
     if not trials:
         return "no front: the many or the few classes have no validation images"
     points = np.concatenate([trial.points() for trial in trials])

@@ -12,10 +12,7 @@ if __name__ == "__main__":  # the command answers --help before torch is importe
     sys.exit(command.run(import_module("rayltr.recipe").main))
 
 import math
-import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -25,15 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from rayltr import build
+from rayltr.ahead import Reader
 from rayltr.catalogue import complete
 from rayltr.data import Data, Split, load
 from rayltr.fused import fused
-from rayltr.interface import Batch, Diverged, Facts, Resources, State
+from rayltr.interface import ALONE, Batch, Diverged, Facts, Lane, Resources, State
 from rayltr.parallel import all_sum, rank, synchronised, together, world
 from rayltr.spec import Stage, end, start
-
-AHEAD = 4
-"""Batches that are decoded ahead of the training."""
 
 
 def train(
@@ -62,12 +57,13 @@ def train(
     module, optimiser = assembled(stage, facts(data), parents, begun, device)
     state = begun or parents.get("resume") or State({}, {}, start(stage))
     history = list(begun.history) if begun else []
-    run = epochs(stage, data, module, optimiser, state.epoch, device, most)
-    for record in run:
-        history.append(record)
-        if record["epoch"] < end(stage):
-            on_snapshot(partial(snapshot, module, optimiser, record["epoch"], history))
-        on_epoch(record)
+    run = epochs(stage, data, module, optimiser, state.epoch, device, most, resources.lane)
+    with resources.lane.training(module, stage.backbone):
+        for record in run:
+            history.append(record)
+            if record["epoch"] < end(stage):
+                on_snapshot(partial(snapshot, module, optimiser, record["epoch"], history))
+            on_epoch(record)
     logits = {split: predict(module, getattr(data, split), device, stage.precision) for split in splits}
     return snapshot(module, optimiser, end(stage), history), logits
 
@@ -82,7 +78,8 @@ def assembled(
     """The method and its optimiser, as they stand at the beginning of the epochs to train."""
     teacher = None
     if stage.teacher is not None:
-        teacher = build.teacher(stage.teacher, known, parents["teacher"]).to(device)
+        teacher = build.teacher(stage.teacher, known, parents["teacher"])
+        teacher = teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     module = build.method(stage, known, teacher).to(device)
     before = begun or parents.get("resume")
     if before is not None:
@@ -104,6 +101,7 @@ def epochs(
     first: int,
     device: torch.device,
     most: int | None = None,
+    lane: Lane = ALONE,
 ) -> Iterator[dict[str, Any]]:
     """THE loop: trains the epochs from the clock `first` to the stage's end, yielding one record after each."""
     views = [build.function("views", view) for view in stage.views]
@@ -113,13 +111,13 @@ def epochs(
     schedule = build.function("schedule", stage.schedule)
     horizon = stage.horizon or end(stage)
     counts, targets = torch.as_tensor(data.counts), torch.as_tensor(data.train.target)
-    model = together(module) if first < end(stage) else module
+    model, read = together(module) if first < end(stage) else module, Reader(data.train, device)
     if hasattr(optimiser, "guard"):
         optimiser.guard(model)
     if first < end(stage) or not stage.epochs:
         prepared(module, stage, data.train, device, most)
     for epoch in range(first, end(stage)):
-        began, done = time.monotonic(), 0
+        began, done = lane.clock(), 0
         sums: dict[str, Tensor | float] = {}
         # Everything random of an epoch comes from (seed, epoch): where a run was cut or resumed changes no number.
         host, here = generators(stage.seed, epoch, device)
@@ -128,9 +126,9 @@ def epochs(
         module.train()
         if hasattr(module, "between"):
             module.between(epoch)  # type: ignore[operator]
-        for step, rows, images in batches(data.train, indices, stage.batch, steps, device):
+        for step, rows, images in batches(read, indices, stage.batch, steps):
             done += len(rows)
-            target, rows = targets[rows].to(device), rows.to(device)
+            target, rows = moved(targets[rows], device), moved(rows, device)
             if alter:
                 images = alter(images, target, rows, here)
             batch = Batch([view(images, here) for view in views], target, rows)
@@ -146,7 +144,7 @@ def epochs(
                 with arithmetic(stage.precision, device):
                     found = model(batch)
                 loss = torch.stack([*found.values()]).sum()
-                loss.backward()
+                lane.backward(loss)
                 for name, value in (found | getattr(module, "measured", {})).items():
                     terms.setdefault(name, value.detach())  # of SAM's two passes, the first is at the weights
                 return loss
@@ -156,7 +154,7 @@ def epochs(
                 sums[name] = sums.get(name, 0.0) + value
         means = {name: float(all_sum(torch.as_tensor(total))) / (steps * world()) for name, total in sums.items()}
         beside = {name: means.pop(name) for name in getattr(module, "measured", {})}
-        yield checked(epoch + 1, means, done, began) | ({"measured": beside} if beside else {})
+        yield checked(epoch + 1, means, done, lane.clock() - began) | ({"measured": beside} if beside else {})
 
 
 def mixed(batch: Batch, mix: tuple[Tensor, Tensor, Tensor]) -> Batch:
@@ -175,9 +173,9 @@ def prepared(module: nn.Module, stage: Stage, split: Split, device: torch.device
     if hasattr(module, "prepare"):
         wanted = getattr(module, "wanted", lambda size, batch: torch.arange(rank(), size, world()).split(batch))
         parts = wanted(len(split), stage.batch)[:most]
-        loaded = zip(parts, taken(split, [rows.numpy() for rows in parts]), strict=True)
+        loaded = zip(parts, Reader(split, device)([rows.numpy() for rows in parts]), strict=True)
         target = torch.as_tensor(split.target).to(device)
-        seen = ((rows.to(device), pixels(images, device), target[rows]) for rows, images in loaded)
+        seen = ((moved(rows, device), pixels(images, device), target[rows]) for rows, images in loaded)
         if getattr(module, "augmented", False):
             view, here = build.function("views", stage.views[0]), generators(stage.seed, 0, device)[1]
             seen = ((rows, view(images, here), classes) for rows, images, classes in seen)
@@ -193,13 +191,11 @@ def generators(seed: int, epoch: int, device: torch.device) -> tuple[torch.Gener
     return torch.Generator().manual_seed(shared), torch.Generator(device).manual_seed(own)
 
 
-def batches(
-    split: Split, indices: Tensor, size: int, steps: int, device: torch.device
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+def batches(read: Reader, indices: Tensor, size: int, steps: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(step, rows [B], float images [B,3,H,W] in [0, 1]) for this worker; an incomplete last batch is left out."""
     parts = [portion(indices[step * size : (step + 1) * size]) for step in range(steps)]
-    for step, images in enumerate(taken(split, [rows.numpy() for rows in parts])):
-        yield step, parts[step], pixels(images, device)
+    for step, images in enumerate(read([rows.numpy() for rows in parts])):
+        yield step, parts[step], pixels(images, read.device)
 
 
 def portion(rows: Tensor) -> Tensor:
@@ -209,37 +205,25 @@ def portion(rows: Tensor) -> Tensor:
     return rows[first:last]
 
 
-def taken(split: Split, parts: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """The uint8 images of each part in turn; images that have to be decoded are decoded ahead, beside the training."""
-    if not split.lazy:
-        yield from map(split.take, parts)
-        return
-    with ThreadPoolExecutor(1) as pool:
-        ahead: deque[Future] = deque()
-        for rows in parts:
-            ahead.append(pool.submit(split.take, rows))
-            if len(ahead) > AHEAD:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-
-def pixels(images: np.ndarray, device: torch.device) -> Tensor:
+def pixels(images: np.ndarray | Tensor, device: torch.device) -> Tensor:
     """uint8 [B,H,W,3] as float [B,3,H,W] in [0, 1], channels last; they cross to the device as uint8."""
-    moved = torch.from_numpy(images).to(device, non_blocking=True)
-    return moved.permute(0, 3, 1, 2).to(torch.float32).div_(255)
+    return moved(torch.as_tensor(images), device).permute(0, 3, 1, 2).to(torch.float32).div_(255)
+
+
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """On the device.  A GPU gets a pinned copy, which torch keeps until it has arrived, so that nobody waits for it."""
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 
 def arithmetic(precision: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def checked(epoch: int, terms: dict[str, float], images: int, began: float) -> dict[str, Any]:
+def checked(epoch: int, terms: dict[str, float], images: int, seconds: float) -> dict[str, Any]:
     """The record of an epoch.  Raises `Diverged` when a term is no finite number."""
     for name, value in terms.items():
         if not math.isfinite(value):
             raise Diverged(f"the term {name!r} became {value} in epoch {epoch}; a lower learning rate may help")
-    seconds = time.monotonic() - began
     return {"epoch": epoch, "terms": terms, "wall_s": seconds, "images_per_s": images * world() / max(seconds, 1e-9)}
 
 
@@ -253,7 +237,7 @@ def predict(
     rows = [np.arange(first, min(first + size, len(split))) for first in range(0, len(split), size)]
     # BatchNorm stays by itself in fp32, so that no bit of those predictions depends on how they are made
     with fused(*module.children()) if precision == "bf16" else nullcontext():
-        for images in taken(split, rows):
+        for images in Reader(split, device)(rows):
             with arithmetic(precision, device):
                 found = module.predict(pixels(images, device))  # type: ignore[operator]
             parts.append({head: z.float().cpu() for head, z in found.items()})

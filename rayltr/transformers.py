@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of the pixels of ImageNet."""
+FUSED = {"cuda", "xpu", "mps"}
+"""Devices on which the fused kernels of attention are the faster ones (measured: not on CPUs)."""
 PREFIX = 2
 """The tokens that are no patches."""
 
@@ -41,8 +43,8 @@ class TwoTokens(nn.Module):
 
     def tokens(self, images: Tensor) -> Tensor:
         """The class token and the distillation token after the last norm: [B, 2, dim]."""
-        for block in self.body.blocks:  # measured: on CPUs the fused kernels are the slower ones
-            block.attn.fused_attn = images.device.type != "cpu"
+        for block in self.body.blocks:
+            block.attn.fused_attn = images.device.type in FUSED
         return self.body.forward_features(images)[:, :PREFIX]
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """Runs a trial: every stage of its chain from the store, or trained and stored; then its predictions and metrics."""
 
 import json
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from rayltr.catalogue import complete
 from rayltr.claims import end_with_parent, told_to_stop
 from rayltr.data import Data, Split, load
 from rayltr.evaluate import evaluate, tested
-from rayltr.interface import Resources, State
+from rayltr.interface import ALONE, Lane, Resources, State
 from rayltr.parallel import agreed, all_told, barrier, rank, world
 from rayltr.records import read_predictions, write_predictions
 from rayltr.spec import Fn, Stage, chain, digest, end, fn, mapped, parents, parse
@@ -89,7 +91,7 @@ class Trial:
             if agreed(claim is not None):
                 break
             self._ask()
-            time.sleep(WAIT_S)
+            self.resources.lane.rest(WAIT_S)
         try:
             return self._make(stage)
         finally:
@@ -245,14 +247,15 @@ def run(
 
 
 def for_search(
-    settings: Any, name: str, params: dict[str, Any], report: Callable[[dict[str, Any]], None]
+    settings: Any, name: str, params: dict[str, Any], report: Callable[[dict[str, Any]], None], lane: Lane = ALONE
 ) -> dict[str, Any]:
     """A trial of a search as plain data: the `Result` with its paths relative to the run.  `settings`: the search's."""
     end_with_parent()
+    store = opened(settings.run)
     found = Trial(
         settings.plan.stage(find(settings.plan.study), params),
-        Store(f"{settings.run}/store"),
-        resources=Resources(threads=settings.cpus, snapshot_s=settings.snapshot_s),
+        store,
+        resources=Resources(threads=settings.cpus, snapshot_s=settings.snapshot_s, lane=lane),
         report=report,
         name=name,
         leave=lambda: told_to_stop(settings.run),
@@ -265,11 +268,20 @@ def for_test(settings: Any, recipe: str) -> tuple[str, dict[str, float]]:
 
     recipe: the chain as the records hold it.
     """
+    store = opened(settings.run)
     find(settings.plan.study)  # its functions may be part of the recipe
     stage = parse(json.loads(recipe))
-    trial = Trial(stage, Store(f"{settings.run}/store"), resources=Resources(threads=settings.cpus))
+    trial = Trial(stage, store, resources=Resources(threads=settings.cpus))
     path, metrics = trial.test()
     return inside(path), metrics
+
+
+def opened(run: str) -> Store:
+    """The store of a run.  Raises OSError on a machine that does not see the run: it would make a store of its own."""
+    if not Path(run, "run.json").exists():
+        where = f"--storage {Path(run).parent} is not visible on {socket.gethostname()}"
+        raise FileNotFoundError(f"{where}: {run}/run.json is not there; give a path that all machines share")
+    return Store(f"{run}/store")
 
 
 def inside(path: str) -> str:

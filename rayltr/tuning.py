@@ -10,8 +10,6 @@ import os
 import shutil
 import signal
 import sys
-import time
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -25,13 +23,15 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from rayltr import claims, finalists, records, sampling
+from rayltr.actor import run_trial
+from rayltr.agenda import Job
 from rayltr.boards import Boards
 from rayltr.choice import repeated
 from rayltr.command import INTERRUPTED, PROBE
 from rayltr.ledger import Ledger, Settings
 from rayltr.machines import DRIVER, OWN_CPU, Shortage, answers, connect, fitted, gone, share_of_gpu
 from rayltr.progress import Progress
-from rayltr.proposals import Proposals, ended
+from rayltr.proposals import Proposals, ended, mend
 from rayltr.studies import find, jobs, rungs
 from rayltr.unsealing import sealed, unseal
 
@@ -39,35 +39,6 @@ __all__ = ["Settings", "Shortage", "search"]
 
 LOOK_S = 0.3
 """Seconds between two looks whether Ray is still there, once a search is to end."""
-
-
-def run_trial(config: dict[str, Any], settings: Settings) -> None:
-    """Runs one trial in a Tune actor, or in a Train run of its own when it has several workers.
-
-    Never raises for what goes wrong inside the trial: the error is the trial's result.
-    """
-    node = ray.get_runtime_context().get_node_id()
-    facts = {"trial": config["trial"], "final": 0, "started": time.time(), "node": node}
-    tune.report(facts)
-    try:
-        if config["broken"]:
-            raise ValueError(config["broken"])
-        # torch belongs in the actor: importing it in the driver would delay every start by seconds
-        place = import_module("rayltr.cluster" if settings.workers > 1 else "rayltr.trial")
-        report = lambda record: tune.report({**facts, **record})  # noqa: E731
-        found = place.for_search(settings.at(config["rung"], config["seed"]), config["trial"], config["params"], report)
-    except Exception as error:
-        what = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-        tune.report({**facts, "final": 1, "state": verdict(error), **what})
-    else:
-        tune.report({**facts, **found, "final": 1, "state": "complete"})
-
-
-def verdict(error: Exception) -> str:
-    """What an error in a trial means: what the machine did is no verdict on the recipe."""
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-        return "memory"
-    return "interrupted" if isinstance(error, OSError) else "failed"
 
 
 class Agent(Searcher):
@@ -81,7 +52,8 @@ class Agent(Searcher):
         job = self.ledger.begin(trial_id)
         if job is None:
             return Searcher.FINISHED if self.ledger.over() else None
-        return {"trial": job.trial, "rung": job.rung, "seed": job.seed, "params": job.params, "broken": job.broken}
+        beside = [config(other) for other in self.ledger.beside(trial_id)]
+        return {**config(job), "beside": beside} if beside else config(job)
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         node = self.ledger.nodes.get(trial_id)
@@ -92,6 +64,10 @@ class Agent(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         raise NotImplementedError("a search is resumed from its records")
+
+
+def config(job: Job) -> dict[str, Any]:
+    return {"trial": job.trial, "rung": job.rung, "seed": job.seed, "params": job.params, "broken": job.broken}
 
 
 class Leaving(tune.Stopper):
@@ -138,10 +114,12 @@ def at_once() -> None:
 
 def searched(settings: Settings, progress: Progress) -> bool:
     """`search`, which may be interrupted."""
-    seed, designed = settings.plan.seed or 0, sampling.designed(settings.trials)
+    seed, space, info = settings.plan.seed or 0, find(settings.plan.study), records.read_run(settings.run)
+    starts = sampling.starts(space, settings.trials, settings.start)
+    # where trials are added to a run, it keeps the design that it began with
+    designed = info.get("designed") or sampling.designed(settings.trials, len(starts))
     laid_out = {"random": 0, "quasi": settings.trials}.get(settings.sampler, designed)
-    records.write_run(settings.run, {**records.read_run(settings.run), "designed": laid_out})
-    space = find(settings.plan.study)
+    records.write_run(settings.run, {**info, "designed": laid_out})
     mend(Path(settings.run) / "optuna.journal")
     proposals = Proposals(
         settings.run,
@@ -149,7 +127,7 @@ def searched(settings: Settings, progress: Progress) -> bool:
         settings.objectives,
         settings.trials,
         sampling.sampler(settings.sampler, seed, designed),
-        sampling.starts(space, settings.trials, settings.start),
+        starts,
     )
     if settings.warm:
         progress.say(sampling.warm(proposals.study, space, settings.warm, settings.objectives, same(settings.run)))
@@ -165,7 +143,9 @@ def searched(settings: Settings, progress: Progress) -> bool:
         return False
     more = later()
     if settings.ablate and records.read_run(settings.run)["ablation"] == []:
-        progress.say("nothing to ablate: the best trial is plain, of the control arm")
+        plain = finalists.finalists(ended(settings.run), 1)  # none where no trial has a result
+        why = "the best trial is plain, of the control arm" if plain else "no trial was completed with a result"
+        progress.say(f"nothing to ablate: {why}")
     final = Ledger(settings, proposals, finalists.agenda(more), progress, Boards(settings.run))
     if more and (first.leaving or not trained(settings, final, len(more))):
         return False
@@ -176,14 +156,17 @@ def searched(settings: Settings, progress: Progress) -> bool:
 
 def placed(settings: Settings, progress: Progress) -> Settings:
     """Starts or joins Ray, and settles how many trials run at once, with which share of a GPU."""
-    if dashboard := connect(settings.address, settings.dashboard):
+    # what cleans up behind the workers of a trial that was killed asks the dashboard's process
+    if dashboard := connect(settings.address, settings.dashboard or settings.workers > 1):
         progress.say(f"Ray dashboard: http://{dashboard} (if it asks for a token: ray get-auth-token)")
     if settings.gpus == PROBE:
         settings = replace(settings, gpus=measured(settings, progress))
     growing = settings.concurrent if settings.address else 0
     gpus, concurrent, now = fitted(settings.cpus, settings.gpus, settings.workers, settings.concurrent, growing)
     if not now:
-        progress.say("no machine of the cluster holds a trial yet; waiting for it to grow (if it cannot: Ctrl-C)")
+        need = f"{settings.workers} x {settings.cpus} CPUs and {gpus:g} GPUs"
+        progress.say(f"no machine of the cluster holds a trial yet, which needs {need}; waiting for it to grow (if it "
+                     "cannot: Ctrl-C)")  # fmt: skip
     return replace(settings, gpus=gpus, concurrent=concurrent)
 
 
@@ -192,7 +175,7 @@ def trained(settings: Settings, ledger: Ledger, left: int) -> bool:
     progress = ledger.progress
     if ledger.agenda.finished():
         return True
-    progress.begin(left, settings.concurrent)
+    progress.begin(left, settings.concurrent * settings.stack)
     claims.go_on(settings.run)
     signal.signal(signal.SIGINT, lambda *_: leave(ledger, progress))
     try:
@@ -214,13 +197,14 @@ def measured(settings: Settings, progress: Progress) -> float:
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
     if not machines or settings.workers > 1:
         return -1.0
+    fitted(settings.cpus, 1.0, settings.workers, 0)  # else the look would wait for ever
     try:
         peak, total = ray.get(ray.remote(num_cpus=settings.cpus, num_gpus=1)(probed).remote(settings))
     except Exception as error:  # it is the trials that must say what is wrong with a recipe
         progress.say(f"the memory of a trial cannot be measured: {str(error).strip().splitlines()[-1]}")
         return 1.0
-    cpus = min(int(have["CPU"] / have["GPU"]) // settings.cpus for have in machines)
-    share = share_of_gpu(peak, total, max(cpus, 1))
+    cpus = min(int(have.get("CPU", 0) / have["GPU"]) // settings.cpus for have in machines)
+    share = share_of_gpu(peak * settings.stack, total, max(cpus, 1))
     used = f"{peak / 2**30:.1f} of {total / 2**30:.0f} GiB"
     progress.say(f"a trial takes up to {used} of a GPU: {round(1 / share)} trials share one")
     return share
@@ -229,17 +213,6 @@ def measured(settings: Settings, progress: Progress) -> float:
 def probed(settings: Settings) -> tuple[int, int]:
     """Runs where a GPU is; see `rayltr.rehearsal.peak`."""
     return import_module("rayltr.rehearsal").peak(settings)  # torch stays out of the driver
-
-
-def mend(journal: Path) -> None:
-    """Takes from Optuna's journal what a crash may have left: half a line at its end, and its lock.
-
-    Optuna would wait for the lock, and write on behind the half line, so that nothing could be read any more.
-    """
-    if journal.exists():
-        body = journal.read_bytes()
-        os.truncate(journal, body.rfind(b"\n") + 1)
-    Path(f"{journal}.lock").unlink(missing_ok=True)
 
 
 def leave(ledger: Ledger, progress: Progress) -> None:

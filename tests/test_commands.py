@@ -162,6 +162,9 @@ SYNTHETIC = ("bag_of_tricks", "--data", "synthetic")
         (["bag_of_tricks", "--backbone", "resnet99"], "unknown backbone 'resnet99': did you mean resnet32"),
         (["bag_of_tricks", "--backbone", "timm"], "backbone timm needs the keyword 'model'"),
         (["bag_of_tricks", "--epochs", "1"], "1 epochs are too few for a chain of "),
+        (["bag_of_tricks", "--warm-start", "nowhere"], "nowhere"),
+        (["bag_of_tricks", "--workers", "2", "--gpus-per-trial", "0.5"], "need a whole GPU each"),
+        (["bag_of_tricks", "--workers", "2", "--stack", "2"], "choose one"),
     ],
 )
 def test_bad_arguments(refused, tmp_path, words, message):
@@ -170,7 +173,7 @@ def test_bad_arguments(refused, tmp_path, words, message):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("option", ["trials", "epochs", "batch", "ratio", "size", "workers", "cpus-per-trial"])
+@pytest.mark.parametrize("option", ["trials", "epochs", "batch", "ratio", "size", "workers", "stack", "cpus-per-trial"])
 @pytest.mark.parametrize("value", ["0", "-4"])
 def test_what_counts_something_is_at_least_one(refused, tmp_path, option, value):
     code, error = refused(search, *SYNTHETIC, f"--{option}", value)
@@ -403,6 +406,20 @@ def test_another_search_does_not_take_the_run(refused, run, more):
     assert code == PREFLIGHT and "other arguments, data or study; choose another --name" in error
 
 
+def test_a_run_that_goes_on_keeps_what_the_machine_and_the_number_of_trials_decided(tuned, run, monkeypatch, capsys):
+    """Another machine computes in another precision, and more trials would make short schedules the default."""
+    asked = []
+    tuned(lambda settings: asked.append(settings) or False)
+    now = records.read_run(run)["settled"]
+    monkeypatch.setattr(command, "native_precision", lambda: "fp32" if now["precision"] == "bf16" else "bf16")
+    words = [*SYNTHETIC, "--storage", "runs", "--name", "run", "--resume", "--trials", "60"]
+    assert command.run(search.main, words) == INTERRUPTED
+    (settings,) = asked
+    assert (settings.plan.precision, settings.fidelity, settings.trials) == (now["precision"], now["fidelity"], 60)
+    assert command.run(search.main, [*words, "--seed", "1", "--sampler", "random"]) == PREFLIGHT
+    assert "what differs: seed, sampler" in capsys.readouterr().err
+
+
 def test_a_refusal_by_the_machines_leaves_no_new_run(refused, tuned, run, tmp_path):
     def short(settings):
         raise Shortage("a trial needs 1 GPU, but the cluster has 0")
@@ -427,10 +444,10 @@ def test_a_search_whose_trials_all_fail_says_where_the_errors_are(tuned, capsys,
     assert "my own mistake" in (tmp_path / "runs/run/report.html").read_text()
 
 
-def test_epochs_that_failed_trials_did_not_train_are_not_called_saved(tuned, capsys):
+def test_of_a_failed_trial_the_epochs_count_that_it_trained(tuned, capsys):
     tuned(lambda settings: ended(settings) and ended(settings, state="failed", trial="0001", number=1))
     assert command.run(search.main, [*SYNTHETIC, "--trials", "2", "--storage", "runs", "--name", "run"]) == FAILED
-    assert "4 epochs asked, 3 trained; saved: 1 by sharing" in capsys.readouterr().out
+    assert "7 epochs asked, 6 trained; saved: 1 by sharing" in capsys.readouterr().out
 
 
 def test_a_search_ends_well_when_the_few_classes_cannot_be_validated(tuned, capsys, tmp_path):

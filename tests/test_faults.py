@@ -208,6 +208,25 @@ def test_a_store_that_cannot_be_written_is_no_verdict_on_the_recipes(tmp_path):
     each_epoch_once(search, 60)
 
 
+@pytest.mark.slow
+def test_what_a_power_cut_took_from_the_records_is_taken_from_the_store(tmp_path):
+    search = Search(study(tmp_path), tmp_path / "runs", "--concurrent", "1")
+    assert search.start().ended() == 0
+    before = search.rows()
+    table, journal = search.run / "records" / "trials.parquet", search.run / "optuna.journal"
+    os.truncate(table, 100)
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:-1], lines[-1][:20], lines[-1]]))  # half a line, and the whole one behind it
+    assert search.start("--resume").ended() == 0
+    assert "note: records/trials.parquet is damaged; it is trials.parquet.damaged now" in search.said()
+    after = search.rows()
+    assert {trial: row["address"] for trial, row in after.items()} == {t: row["address"] for t, row in before.items()}
+    assert {(row["state"], row["epochs_trained"], row["objective"]) for row in after.values()} == {
+        ("complete", 0, row["objective"]) for row in before.values()
+    }
+    assert os.path.getsize(f"{table}.damaged") == 100
+
+
 RAISES = """(marker.parent / f"process{os.getpid()}").touch()
     there = sorted(marker.parent.glob("error*"))
     if there:

@@ -8,15 +8,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 AXES = {"rayltr.views", "rayltr.samplers", "rayltr.mixing", "rayltr.backbones", "rayltr.heads", "rayltr.losses",
         "rayltr.optim", "rayltr.parallel", "rayltr.contrast", "rayltr.momentum", "rayltr.experts",
-        "rayltr.fused", "rayltr.data"}  # fmt: skip
+        "rayltr.fused", "rayltr.joint", "rayltr.data"}  # fmt: skip
 LAYERS = [
+    {"rayltr.files"},
     {"rayltr.spec", "rayltr.records", "rayltr.metrics", "rayltr.choice", "rayltr.interface"},
     {"search_spaces", "analysis"},
     {"rayltr.catalogue", "rayltr.claims"},
     {"rayltr.transformers"},
     {"rayltr.objectives", "rayltr.studies", "rayltr.progress", "rayltr.agenda", "rayltr.boards", "rayltr.machines"},
     AXES,
-    {"rayltr.sharded", "rayltr.hardest", "rayltr.ablation"},
+    {"rayltr.sharded", "rayltr.hardest", "rayltr.ablation", "rayltr.ahead", "rayltr.stacked"},
     {"rayltr.command", "rayltr.methods", "rayltr.model_card"},
     {"rayltr.build"},
     {"rayltr.train", "rayltr.evaluate", "rayltr.store"},
@@ -25,7 +26,7 @@ LAYERS = [
     {"rayltr.sampling", "rayltr.shipping"},
     {"rayltr.proposals", "rayltr.ensemble"},
     {"rayltr.ledger", "rayltr.finalists"},
-    {"rayltr.unsealing"},
+    {"rayltr.unsealing", "rayltr.actor"},
     {"rayltr.tuning"},
     {"rayltr.summary"},
     {"rayltr.search", "rayltr.export", "rayltr.predict", "rayltr.prune", "rayltr.inspect", "rayltr.__main__"},
@@ -39,12 +40,12 @@ ALLOWED = {
 }
 FILES = sorted(path for name in ("rayltr", "search_spaces", "analysis") for path in (ROOT / name).rglob("*.py"))
 ONLY = {
-    "ray": {"rayltr.tuning", "rayltr.unsealing", "rayltr.machines", "rayltr.cluster"},
+    "ray": {"rayltr.tuning", "rayltr.actor", "rayltr.unsealing", "rayltr.machines", "rayltr.cluster"},
     "optuna": {"rayltr.sampling", "rayltr.proposals"},
     "plotly": {"analysis"},
     "torch": AXES - {"rayltr.data"} | {f"rayltr.{name}" for name in (
         "interface", "methods", "build", "train", "rehearsal", "store", "folding", "shipping", "ensemble",
-        "cluster", "sharded", "hardest", "transformers", "inspect", "adapt")},
+        "cluster", "sharded", "hardest", "ahead", "stacked", "transformers", "inspect", "adapt")},
 }  # fmt: skip
 
 

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 
+from rayltr import records
 from rayltr.interface import Resources
 from rayltr.rehearsal import rehearse
 from rayltr.spec import RandomTrial, chain, fn, line
 from rayltr.studies import STUDY, Plan, find, listing
+from tests.test_search import rayltr
 
 FOUND = find("million_way")
 SMALL = Plan(
@@ -82,3 +84,16 @@ def test_the_published_recipe():
     wanted = {"temperature": 0.15, "smoothing": 0.2, "prior": True, "cosine": True, "out": 128, "sampled": 1.0}
     assert {name: whole.get(name) for name in wanted} == wanted
     assert last.method.get("frozen") and last.optimiser.get("weight_decay") == 0
+
+
+@pytest.mark.slow
+def test_a_search_shares_the_classifier_among_the_workers_of_a_trial(tmp_path):
+    """The command of the manual, from features to the records of a whole chain."""
+    found = rayltr("search", "million_way", "--data", "digits", "--ratio", 20, "--start", "small", "--trials", 2,
+                   "--epochs", 8, "--batch", 64, "--backbone", "resnet20", "--workers", 2, "--storage", tmp_path,
+                   "--name", "run", "--no-dashboard")  # fmt: skip
+    assert found.returncode == 0, found.stdout + found.stderr
+    _, row = sorted(records.read_trials(tmp_path / "run").to_pylist(), key=lambda row: row["trial"])
+    assert (row["state"], row["p.arm"]) == ("complete", "study") and row["m.val.many"] > 0
+    parts = sorted(path.name for path in (tmp_path / "run/store").glob("*/*.rows?.safetensors"))
+    assert [part.split(".")[1] for part in parts] == ["rows0", "rows1"]

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from rayltr import catalogue, claims, command, export, prune, recipe, records
+from analysis import ensembles
+from rayltr import catalogue, claims, command, ensemble, export, prune, recipe, records
 from rayltr import trial as trials
 from rayltr.command import PREFLIGHT, USAGE
 from rayltr.data import load
@@ -140,14 +141,22 @@ def test_shipped_front_and_best_keep_their_weights(run, capsys):
     assert said[:7] == [
         "kept: weights of 6 trials, 0.0 MB",
         "  0000    control",
-        "  0001    many, front, top 2 by balanced_nll",
+        "  0001    many, ensemble, front, top 2 by balanced_nll",
         "  0002    few, front",
-        "  0003    balanced, front",
+        "  0003    balanced, ensemble, front",
         "  0004    front",
         "  0005    top 2 by balanced_nll",
     ]
     assert said[7] == "removed: 0.0 MB (earlier stages: 1, last stages: 2)"
     assert f"python -m rayltr.train {run} --trial ID" in said[8] and len(said) == 9
+
+
+def test_the_members_of_the_best_ensemble_keep_their_weights(run, monkeypatch):
+    monkeypatch.setattr(prune, "best", lambda rows: {})
+    monkeypatch.setattr(prune, "on_front", lambda trials: [])
+    members = {member.trial for member in ensembles.study(run).members}
+    assert did(run, "--keep", 0) == 0
+    assert len(members) == 2 and weights(run) == of(run, *members)
 
 
 @pytest.mark.parametrize("keep, more", [(0, ()), (1, ("0005",)), (99, ("0005", "0007"))])
@@ -284,7 +293,7 @@ def test_a_run_that_is_in_use_is_left_alone(refused, run):
         code, error = refused(run)
     assert code == PREFLIGHT and f"in use: process {os.getpid()} on" in error
     claim = run / next(iter(of(run, "0006"))).rpartition("/")[0] / "claim"
-    here, there = {"host": socket.gethostname(), "pid": os.getpid()}, {"host": "elsewhere", "pid": 7}
+    here, there = {"host": socket.gethostname(), "pid": os.getppid()}, {"host": "elsewhere", "pid": 7}
     for held in (here, {**there, "time": time.time()}):
         claim.write_text(json.dumps(held))
         code, error = refused(run, "--unfinished")
@@ -356,9 +365,10 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def pruned(trained, tmp_path, monkeypatch):
-    """The same, pruned; the front is left out, because it is luck, too."""
+    """The same, pruned; front and ensemble are left out, because they are luck, too."""
     run = shutil.copytree(trained, tmp_path / "run")
     monkeypatch.setattr(prune, "on_front", lambda trials: [])
+    monkeypatch.setattr(prune, "together", lambda run: [])
     assert did(run, "--keep", 0) == 0
     return run
 
@@ -380,6 +390,18 @@ def test_a_kept_trial_is_exported_as_before(trained, pruned, tmp_path):
         assert did(run, "--trial", "0002", "--out", tmp_path / name, program=export) == 0
     images = torch.rand(5, 3, 8, 8)
     one, other = (opened(tmp_path / name, torch.device("cpu"))[0](images) for name in ("before", "after"))
+    assert torch.equal(one, other)
+
+
+def test_the_best_ensemble_is_exported_as_before(trained, tmp_path, monkeypatch):
+    run = shutil.copytree(trained, tmp_path / "run")
+    monkeypatch.setattr(prune, "best", lambda rows: {})
+    monkeypatch.setattr(prune, "on_front", lambda trials: [])
+    assert did(run, "--keep", 0) == 0
+    for name, folder in (("before", trained), ("after", run)):
+        assert did(folder, "--ensemble", "--out", tmp_path / name, program=export) == 0
+    images = torch.rand(5, 3, 8, 8)
+    one, other = (ensemble.opened(tmp_path / name, torch.device("cpu"))[0](images) for name in ("before", "after"))
     assert torch.equal(one, other)
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from pyarrow import fs
 
 from rayltr import metrics, records
 
@@ -205,25 +204,42 @@ def test_a_damaged_table_is_named(tmp_path: Path):
         records.read_trials(tmp_path)
 
 
+def test_a_damaged_table_is_set_aside_and_written_anew(tmp_path: Path):
+    records.write_trials(tmp_path, [ROW])
+    records.append_epochs(tmp_path, [])
+    assert records.set_aside(tmp_path) == []
+    path = tmp_path / "records" / "trials.parquet"
+    for damage in (b"", path.read_bytes()[:-20], bytes(len(path.read_bytes()))):
+        path.write_bytes(damage)
+        assert records.set_aside(tmp_path) == ["records/trials.parquet"]
+        assert (tmp_path / "records" / "trials.parquet.damaged").read_bytes() == damage
+        assert records.read_trials(tmp_path).num_rows == 0 and records.read_epochs(tmp_path).num_rows == 0
+        records.append_trial(tmp_path, ROW)
+    assert records.read_trials(tmp_path)["trial"].to_pylist() == ["a"]
+
+
+def test_flipped_bits_of_a_table_are_damage_and_a_disk_that_cannot_be_read_is_none(tmp_path: Path, monkeypatch):
+    rows = [{**ROW, "trial": f"{number:04d}", "error": "x" * number} for number in range(50)]
+    records.write_trials(tmp_path, rows)
+    path = tmp_path / "records" / "trials.parquet"
+
+    def fails(*args, **options):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records.pq, "read_table", fails)
+        assert records.set_aside(tmp_path) == [] and path.exists()
+    body = path.read_bytes()
+    path.write_bytes(body[:40] + bytes(byte ^ 0xFF for byte in body[40:80]) + body[80:])
+    assert records.set_aside(tmp_path) == ["records/trials.parquet"]
+
+
 def test_nothing_but_the_files_is_left(tmp_path: Path):
     for _ in range(2):
         records.write_run(tmp_path, {"study": "toy"})
         records.append_trial(tmp_path, ROW)
         predictions(tmp_path / "store" / "a.predictions")
     assert files(tmp_path) == ["records/trials.parquet", "run.json", "store/a.predictions"]
-
-
-def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    records.save(tmp_path / "f", b"old")
-
-    class Full(fs.LocalFileSystem):
-        def move(self, source: str, target: str) -> None:
-            raise OSError("no space left on device")
-
-    monkeypatch.setattr(records, "filesystem", lambda path: (Full(), str(path)))
-    with pytest.raises(OSError, match="no space"):
-        records.save(tmp_path / "f", b"new")
-    assert files(tmp_path) == ["f"] and (tmp_path / "f").read_bytes() == b"old"
 
 
 def test_run_json(tmp_path: Path):
@@ -239,16 +255,13 @@ def test_run_json(tmp_path: Path):
         records.read_run(tmp_path / "absent")
 
 
-def test_a_folder_may_be_a_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_may_be_a_uri(tmp_path: Path):
     uri = f"file://{tmp_path}/run/"
     records.write_run(uri, {"study": "toy"})
     records.append_trial(uri, ROW)
     records.append_trial(uri, {**ROW, "trial": "b"})
     assert records.read_trials(tmp_path / "run")["trial"].to_pylist() == ["a", "b"]
     assert records.read_run(uri)["study"] == "toy"
-    monkeypatch.chdir(tmp_path)
-    system, place = records.filesystem("run")
-    assert isinstance(system, fs.LocalFileSystem) and place == str(tmp_path / "run")
 
 
 def test_epochs_of_a_trial_that_is_run_again_are_replaced(tmp_path):

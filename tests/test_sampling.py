@@ -146,7 +146,8 @@ def test_every_sampler_gets_along_with_conditions_failures_and_objectives(name, 
 
 
 def test_the_design_comes_first_and_then_what_was_asked_for():
-    assert [designed(n) for n in (1, 10, 20, 45)] == [1, 3, 6, 14]
+    assert [designed(n) for n in (1, 10, 20, 45)] == [1, 4, 8, 18], "every fifth is the control arm's"
+    assert [designed(n, 2) for n in (1, 10, 20, 45)] == [1, 7, 10, 20]
     design = drawn(study_of(Design(0)), 6)
     phased = drawn(study_of(Phased("random", 0, 4)), 6)
     assert phased[:4] == design[:4] and phased[4:] != design[4:]

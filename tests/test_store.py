@@ -165,7 +165,7 @@ def test_a_claim_from_elsewhere_expires(tmp_path):
 
 def test_a_living_process_of_this_machine_is_not_robbed(tmp_path):
     """However long it did not renew its claim: it may have been stopped, or the disk was full."""
-    elsewhere(tmp_path, host=socket.gethostname(), pid=os.getpid(), time=0)
+    elsewhere(tmp_path, host=socket.gethostname(), pid=os.getppid(), time=0)
     assert Store(tmp_path).claim(STAGE) is None
 
 

@@ -1,3 +1,4 @@
+import multiprocessing
 import subprocess
 import sys
 
@@ -7,8 +8,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from rayltr import build, catalogue
-from rayltr.data import load
+from rayltr import ahead, build, catalogue
+from rayltr.ahead import Reader
+from rayltr.data import Split, load
 from rayltr.interface import Batch, Diverged, Facts, Resources, State
 from rayltr.methods import supervised
 from rayltr.spec import chain, fn, parents
@@ -261,20 +263,21 @@ def test_a_loss_that_is_no_number_is_named():
         train(tiny(optimiser=fn("sgd", lr=1e9)), resources=ONE)
 
 
-class Take:
-    lazy = False
+def noisy(images):
+    """A split of random images."""
+    pixels = np.random.default_rng(0).integers(0, 256, (images, 8, 8, 3), np.uint8)
+    return Split(pixels, np.arange(images), np.zeros(images, np.int64))
 
-    def take(self, rows):
-        return np.zeros((len(rows), 8, 8, 3), np.uint8)
 
-
-@pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize(("images", "sizes"), [(50, [16, 16, 16]), (10, [10]), (16, [16])])
-def test_an_incomplete_last_batch_is_left_out_unless_it_is_the_only_one(images, sizes, lazy):
-    split = Take()
-    split.lazy = lazy
-    found = list(batches(split, torch.arange(images), 16, max(1, images // 16), torch.device("cpu")))
+def test_an_incomplete_last_batch_is_left_out_unless_it_is_the_only_one(images, sizes):
+    read = Reader(noisy(images), torch.device("cpu"))
+    found = list(batches(read, torch.arange(images), 16, max(1, images // 16)))
     assert [len(rows) for _, rows, _ in found] == sizes
+    for _, rows, shown in found:
+        expected = read.split.images[rows].transpose(0, 3, 1, 2) / 255
+        np.testing.assert_allclose(shown, expected, rtol=1e-6)
+        assert shown.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_an_epoch_draws_from_its_seed_and_number_alone():
@@ -295,16 +298,9 @@ def test_weights_depend_on_the_stage_and_not_on_the_data_order_of_parts():
 
 def test_predict_does_not_depend_on_the_batch_size():
     module = build.method(catalogue.complete(tiny()), FACTS)
-
-    class Images(Take):
-        def take(self, rows):
-            return np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8)[rows]
-
-        def __len__(self):
-            return 20
-
-    whole = predict(module, Images(), torch.device("cpu"), size=20)["main"]
-    np.testing.assert_allclose(predict(module, Images(), torch.device("cpu"), size=7)["main"], whole, atol=1e-5)
+    split = noisy(20)
+    whole = predict(module, split, torch.device("cpu"), size=20)["main"]
+    np.testing.assert_allclose(predict(module, split, torch.device("cpu"), size=7)["main"], whole, atol=1e-5)
 
 
 def test_a_prediction_computes_no_loss(monkeypatch):
@@ -366,12 +362,23 @@ def test_a_batch_reaches_the_method_with_its_mixing():
     torch.testing.assert_close(found, expected)
 
 
-def test_images_that_are_decoded_on_the_way_train_the_same_weights(tmp_path):
-    """A set that does not fit in memory takes the same path and gives the same numbers."""
+@pytest.mark.parametrize("several", [False, True])
+def test_images_that_are_decoded_on_the_way_train_the_same_weights(tmp_path, monkeypatch, several):
+    """A set that does not fit in memory gives the same numbers, whether processes decode or a thread, and if cut."""
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
     for number, image in enumerate(images):
         place = tmp_path / f"class{number % 2}" / f"{number:02d}.png"
         place.parent.mkdir(exist_ok=True)
         Image.fromarray(image).save(place)
-    states = [train(tiny(source=fn("folder", root=str(tmp_path), in_memory_gb=gb)), resources=ONE)[0] for gb in (8, 0)]
-    same(*states)
+    asked = []
+    monkeypatch.setattr(ahead, "processes", lambda *images: asked.append(images) or 2 * several)
+    kept, lazy = (tiny(source=fn("folder", root=str(tmp_path), in_memory_gb=gb), epochs=2, horizon=2) for gb in (8, 0))
+    expected, logits = train(kept, resources=ONE)
+    assert not asked
+    found, others = train(lazy, resources=ONE)
+    first, _ = train(lazy.but(epochs=1), resources=ONE)
+    cut, _ = train(lazy.but(epochs=1, resume=lazy.but(epochs=1)), {"resume": first}, resources=ONE)
+    same(expected, found)
+    same(expected, cut)
+    np.testing.assert_array_equal(logits["val"]["main"], others["val"]["main"])
+    assert asked and not multiprocessing.active_children()

@@ -1,3 +1,6 @@
+import socket
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -123,3 +126,13 @@ def test_a_teacher_is_trained_first_and_stays_as_it_is(tmp_path):
     taught = tiny(method=fn("dive"), teacher=FIRST, seed=1)
     found = run(taught, Store(tmp_path), resources=ONE)
     assert (found.asked, found.trained) == (5, 5)
+
+
+def test_a_machine_that_does_not_see_the_run_trains_nothing_into_a_folder_of_its_own(tmp_path, monkeypatch):
+    """And it is the machine's fault, not the recipe's: `rayltr.actor.verdict` goes by the OSError."""
+    monkeypatch.setattr(module, "end_with_parent", lambda: None)
+    settings = SimpleNamespace(run=str(tmp_path / "runs" / "first"))
+    for work, more in ((module.for_search, ("0000", {}, print)), (module.for_test, ("",))):
+        with pytest.raises(OSError, match=f"--storage {tmp_path}/runs is not visible on {socket.gethostname()}: "):
+            work(settings, *more)
+    assert not list(tmp_path.iterdir())

@@ -3,10 +3,9 @@
 import pytest
 
 from rayltr import tuning
+from rayltr.actor import verdict
 from rayltr.ledger import Settings
-from rayltr.proposals import journal
 from rayltr.studies import Plan
-from rayltr.tuning import mend, verdict
 
 
 @pytest.mark.parametrize(
@@ -17,30 +16,14 @@ from rayltr.tuning import mend, verdict
         (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: Out of memory"), "memory"),
         (OSError(28, "No space left on device"), "interrupted"),
         (InterruptedError("told to stop"), "interrupted"),
+        (PermissionError(13, "Permission denied", "/runs/own/store/1"), "interrupted"),
+        (FileNotFoundError(2, "No such file or directory", "/home/me/weights.csv"), "failed"),
         (ValueError("the term 'loss' became nan in epoch 1"), "failed"),
         (KeyError("my own mistake"), "failed"),
     ],
 )
 def test_what_the_machine_did_is_no_verdict_on_the_recipe(error, state):
-    assert verdict(error) == state
-
-
-@pytest.mark.parametrize("torn", ["", '{"op_code":6,"tri', '{"op_code":6}'], ids=["whole", "half a line", "no end"])
-def test_a_journal_that_a_crash_has_torn_can_be_read_and_written(tmp_path, torn):
-    path = tmp_path / "optuna.journal"
-    trial = journal(str(tmp_path), ["balanced_nll"]).ask()
-    with path.open("a") as file:
-        file.write(torn)
-    (tmp_path / "optuna.journal.lock").symlink_to(path)  # what Optuna holds while it writes
-    mend(path)
-    study = journal(str(tmp_path), ["balanced_nll"])
-    study.tell(trial.number, 0.5)
-    assert [one.value for one in journal(str(tmp_path), ["balanced_nll"]).trials] == [0.5]
-
-
-def test_a_run_without_a_journal_needs_no_mending(tmp_path):
-    mend(tmp_path / "optuna.journal")
-    assert not list(tmp_path.iterdir())
+    assert verdict(error, "/runs/own") == state
 
 
 class Seen:
@@ -75,7 +58,7 @@ def broken():
 
 
 @pytest.mark.parametrize(
-    ("peak", "cpus", "share"), [(10, 1, 1 / 7), (2, 1, 1 / 8), (2, 4, 1 / 2), (2, 20, 1.0), (50, 1, 1.0)]
+    ("peak", "cpus", "share"), [(10, 1, 1 / 7), (2, 1, 1 / 8), (2, 4, 1 / 2), (2, 8, 1.0), (50, 1, 1.0)]
 )
 def test_trials_share_a_gpu_by_memory_and_processors(gpus, peak, cpus, share):
     """Nine tenths of 80 GiB, and the machine with the fewest processors to a GPU: 8."""
@@ -83,6 +66,12 @@ def test_trials_share_a_gpu_by_memory_and_processors(gpus, peak, cpus, share):
     seen = Seen()
     assert tuning.measured(Settings("run", Plan("s"), 1, (), "tpe", cpus=cpus), seen) == pytest.approx(share)
     assert seen.lines == [f"a trial takes up to {peak}.0 of 80 GiB of a GPU: {round(1 / share)} trials share one"]
+
+
+def test_a_trial_that_no_machine_holds_is_not_waited_for(gpus):
+    gpus(broken)
+    with pytest.raises(tuning.Shortage, match="20 CPUs and 1 GPUs on one machine"):
+        tuning.measured(Settings("run", Plan("s"), 1, (), "tpe", cpus=20), Seen())
 
 
 def test_where_nothing_is_to_be_shared(gpus):

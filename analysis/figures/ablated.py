@@ -1,27 +1,15 @@
 """What the shipped recipe loses when one of its choices is set back."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import plotly.graph_objects as go
 
-from analysis.estimates import Estimate
+from analysis.ablations import Part
 from analysis.evidence import SCORES
 from analysis.figures import draw
 from analysis.figures.draw import BLUE, VERMILION, Figure, Key
 from analysis.figures.tricks import ROW, rows_named
 from analysis.tables import Table, anything, gained, text
-
-
-@dataclass(frozen=True)
-class Part:
-    """A choice: its value in the winner, the one it is set back to, and what that changes in each score, in [-1, 1]."""
-
-    name: str
-    value: Any
-    plain: Any
-    changes: dict[str, Estimate | None]
 
 
 def told(part: Part) -> str:

@@ -22,18 +22,9 @@ MANY = 300
 """With more classes than this, marks are smaller."""
 
 
-def drawn(evidence: Evidence) -> dict[str, Trial]:
-    """The best trial and the control, as far as their predictions are stored; one of them if they are the same."""
-    places = {"control": evidence.control, "best": evidence.best}
-    if places["best"] == places["control"]:
-        del places["best"]
-    found = {kind: evidence.trials[i] for kind, i in places.items() if i is not None}
-    return {kind: trial for kind, trial in found.items() if trial.per_class is not None}
-
-
 def by_frequency(evidence: Evidence) -> Figure | None:
     """Accuracy of every class against its training images, best trial and control; None if neither was measured."""
-    trials, run = drawn(evidence), evidence.run
+    trials, run = evidence.shown, evidence.run
     if not trials or run.items is None:
         return None
     figure = go.Figure()
@@ -118,7 +109,7 @@ def _table(run: Run, trials: Mapping[str, Trial]) -> Table:
 
 def difference(evidence: Evidence) -> Figure | None:
     """Best minus control, class by class; None where they are the same or not measured."""
-    trials, run = drawn(evidence), evidence.run
+    trials, run = evidence.shown, evidence.run
     if len(trials) < 2 or run.items is None:
         return None
     gap = trials["best"].per_class - trials["control"].per_class  # type: ignore[operator]
@@ -166,7 +157,7 @@ def _gains(evidence: Evidence, trials: Mapping[str, Trial]) -> list[tuple[float,
 
 def worst(evidence: Evidence, most: int = 20) -> Table:
     """The classes with the lowest accuracy of the best trial (or the control), the rarest of equals first."""
-    trials, run = drawn(evidence), evidence.run
+    trials, run = evidence.shown, evidence.run
     kind = "best" if "best" in trials else "control"
     if kind not in trials:
         return Table([], [])
@@ -179,7 +170,7 @@ def worst(evidence: Evidence, most: int = 20) -> Table:
 
 def confused(evidence: Evidence, most: int = 20) -> Table:
     """The rare classes that the best trial (or the control) most often takes for classes of a more frequent group."""
-    trials, run = drawn(evidence), evidence.run
+    trials, run = evidence.shown, evidence.run
     trial = trials.get("best", trials.get("control"))
     columns = ["class", "training images", "taken for", "its training images", "share of its images %", "images"]
     if trial is None or trial.pred is None:

@@ -1,4 +1,4 @@
-"""What tau alone gives: balanced accuracy along tau, and what the tricks add beyond the control's curve."""
+"""What tau alone gives: balanced accuracy along tau, tau-norm beside it, and what tricks add beyond the control."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,17 @@ from numpy.typing import NDArray
 
 from analysis.evidence import Evidence
 from analysis.figures import draw
-from analysis.figures.draw import BLUE, GREEN, SKY, VERMILION, Figure, Key
+from analysis.figures.draw import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, Figure, Key
 from analysis.load import Trial
 from analysis.pareto import hypervolume
-from analysis.tables import Table, number, percent, points, text
-from rayltr.metrics import TAUS
+from analysis.tables import Cell, Table, number, percent, points, text
+from analysis.taunorm import POWERS, Normed
+from rayltr.metrics import GROUPS, TAUS
 
 Floats = NDArray[np.float64]
+
+NORMED = {"best": (PURPLE, "triangle-up"), "control": (ORANGE, "square")}
+"""Colours and marks of tau-norm."""
 
 LEVELS = 13
 """Head accuracies at which the two envelopes are compared in the table."""
@@ -38,12 +42,16 @@ def along_tau(evidence: Evidence) -> Figure | None:
         figure.add_traces(_named(best, "best", BLUE, "circle"))
     if control:
         figure.add_traces(_named(control, "control", VERMILION, "diamond"))
-    figure.update_xaxes(title="τ (larger: more for rare classes)")
-    figure.update_yaxes(title="balanced accuracy (%)", range=_heights([whole, plain, best, control]))
+    norms, _ = evidence.normed
+    for kind, own in norms.items():
+        figure.add_traces(_normed(own, *NORMED[kind]))
+    climbs = [own.scores["balanced"][: own.at + 1] for own in norms.values()]
+    figure.update_xaxes(title=f"{'τ or t' if norms else 'τ'} (larger: more for rare classes)")
+    figure.update_yaxes(title="balanced accuracy (%)", range=_heights([whole, plain, best, control, *climbs]))
     gap = None if plain is None else whole - plain
     rows = [
         [number(tau, ".1f"), percent(whole[k]), percent(None if plain is None else plain[k]),
-         points(None if gap is None else gap[k])]
+         points(None if gap is None else gap[k]), *(_at(own, tau) for own in norms.values())]
         for k, tau in enumerate(TAUS)
     ]  # fmt: skip
     return Figure(
@@ -57,9 +65,58 @@ def along_tau(evidence: Evidence) -> Figure | None:
             *([Key(f"control, {control.id}, at its fitted τ", VERMILION, "diamond", 2)] if control else []),
             Key("best of all trials at each τ", GREEN, line=2.5, dash=True),
             *([Key("best of the control arm at each τ", VERMILION, line=2.5, dash=True)] if arm else []),
+            *(Key(f"tau-norm of {own.trial}", *NORMED[kind], 2) for kind, own in norms.items()),
             Key("every trial", SKY, line=1),
         ],
-        table=Table(["τ", "all trials %", "control arm %", "difference, points"], rows),
+        table=Table(["τ", "all trials %", "control arm %", "difference, points",
+                     *(f"tau-norm of the {kind} %" for kind in norms)], rows),
+    )  # fmt: skip
+
+
+def _normed(own: Normed, colour: str, symbol: str) -> list[go.Scatter]:
+    line = np.stack([POWERS, 100 * own.scores["balanced"]], 1)
+    hover = [f"tau-norm of {own.trial}, t {power:.1f}: {score:.1f} %" for power, score in line]
+    return [
+        draw.scatter(line, mode="lines", line={"color": colour, "width": 2}, hovertext=hover),
+        draw.scatter([line[own.at]], mode="markers", marker={"symbol": symbol, "size": 11, "color": colour}),
+    ]
+
+
+def _at(own: Normed, tau: float) -> Cell:
+    """Balanced accuracy of tau-norm where t has this value; a gap beyond its end."""
+    place = np.flatnonzero(np.isclose(POWERS, tau))
+    return percent(float(own.scores["balanced"][place[0]]) if len(place) else None)
+
+
+def corrections(evidence: Evidence) -> Table:
+    """Tau-norm beside logit adjustment, each where its NLL is lowest; no rows without tau-norm."""
+    rows = []
+    for kind, own in evidence.normed[0].items():
+        trial, scores = evidence.shown[kind], {name: values[own.at] for name, values in own.scores.items()}
+        assert trial.curve is not None
+        adjusted = {name: trial.val[f"fitted_{name}"] for name in scores}
+        fitted = (trial.val["tau"], trial.val["temperature"], trial.val["fitted_nll"])
+        normed = (POWERS[own.at], own.temperature[own.at], own.nll[own.at])
+        for name, found, best, curve, grid in (("logit adjustment", adjusted, fitted, trial.curve, TAUS),
+                                               ("tau-norm", scores, normed, own.scores, POWERS)):  # fmt: skip
+            peak = int(curve["balanced"].argmax())
+            rows.append([text(f"{kind} {trial.id}"), text(name), number(best[0], ".1f"), number(best[1], ".3g"),
+                         number(best[2], ".3f"), *(percent(found[score]) for score in ("balanced", *GROUPS)),
+                         percent(curve["balanced"][peak]), number(grid[peak], ".1f")])  # fmt: skip
+    columns = ["trial", "correction", "τ or t", "temperature", "NLL", "balanced %", *(f"{name} %" for name in GROUPS)]
+    return Table([*columns, "peak %", "at"], rows)
+
+
+def normed(evidence: Evidence) -> Table:
+    """All scores of tau-norm at every power."""
+    rows = [
+        [text(own.trial), number(power, ".1f"), number(own.temperature[k], ".3g"), number(own.nll[k], ".3f"),
+         *(percent(own.scores[name][k]) for name in ("accuracy", "balanced", *GROUPS))]
+        for own in evidence.normed[0].values()
+        for k, power in enumerate(POWERS)
+    ]  # fmt: skip
+    return Table(
+        ["trial", "power", "temperature", "NLL", "accuracy %", "balanced %", *(f"{name} %" for name in GROUPS)], rows
     )
 
 

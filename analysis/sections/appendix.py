@@ -30,7 +30,9 @@ DEFINITIONS = (
      "seeds are drawn as well where a recipe was trained with several"),
     ("corrected", "the choice is made again in each draw and scored on the images that were not drawn (bootstrap bias "
      "corrected cross-validation), which takes off what being chosen adds"),
-    ("optimism", "how much the uncorrected score of the chosen trial is above the corrected one"),
+    ("as measured", "on the validation images that made the choice, so it flatters what they chose"),
+    ("raw", "the logits as trained: neither τ nor temperature"),
+    ("optimism", "how much the score of the chosen trial as measured is above the corrected one"),
     ("not distinguishable", "the 95 % interval of the difference, image by image, contains zero"),
     ("control arm", "trials of plain cross-entropy without tricks, tuned like the others"),
     ("ECE", "expected calibration error: mean distance of confidence and accuracy over 15 bins of equally many images"),

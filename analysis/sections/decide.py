@@ -15,13 +15,17 @@ from analysis.load import Run
 from analysis.page import Deck, Light, Listing, Missing, Note, Section, Strip, blocks
 from analysis.tables import Table, counted, gained, number, percent, ranged, signed, text, thousands
 from rayltr import records
-from rayltr.metrics import GROUPS, TAUS
+from rayltr.metrics import GROUPS, HOTTEST, TAUS
 
 TRIALS = 30
 """With fewer finished trials the search is a sample, and effects of single tricks are guesses."""
 
 NOISY = 20
 """With fewer validation images per rare class, differences of a few points are noise."""
+
+
+BRINK = 0.01
+"""A temperature this close to the end of its range, in logarithms, would go on if it could."""
 
 
 def section(evidence: Evidence, cards: Sequence[Card]) -> Section:
@@ -35,17 +39,24 @@ def section(evidence: Evidence, cards: Sequence[Card]) -> Section:
         if corrected
         else "The scores are those that chose the models, so they flatter them; they could not be corrected here."
     )
+    lead += ranked(evidence)
     if evidence.fresh:
         lead += " Of finalists the fresh seeds are shown, which had no part in the choice."
     parts = blocks(Deck(cards), finalists(evidence), Note(sizes(evidence.run)))
     return Section("ship", "Which model to ship", "Ship", parts, lead)
 
 
+def ranked(evidence: Evidence) -> str:
+    """By what the cards choose, and why."""
+    by = evidence.criterion.by
+    return f" Models are ranked by {by}, at their fitted τ and temperature: {evidence.criterion.why}."
+
+
 def finalists(evidence: Evidence) -> Listing | None:
     """What fresh seeds say of the recipes that did best; None where there are none."""
     if not evidence.fresh or not evidence.paired:
         return None
-    c = evidence.control
+    c = evidence.control if evidence.control in evidence.fresh else None
     means = {i: own.value for i in evidence.fresh if (own := evidence.estimate(i, "balanced"))}
     order = sorted(means, key=lambda i: -means[i])
     rows = []
@@ -54,7 +65,7 @@ def finalists(evidence: Evidence) -> Listing | None:
         test = [again.test["balanced"] for again in evidence.fresh[i] if "balanced" in again.test]
         rows.append([text(f"{trial.id} (control)" if trial.control else trial.id), number(len(evidence.fresh[i]), "d"),
                      *(ranged(evidence.estimate(i, name)) for name in ("balanced", "many", "few")),
-                     gained(evidence.beyond(i, c, "balanced") if c in evidence.fresh and c != i else None),
+                     gained(None if c in (None, i) else evidence.beyond(i, c, "balanced")),
                      percent(float(np.mean(test)) if test else None),
                      percent(float(np.std(test, ddof=1)) if len(test) > 1 else None)])  # fmt: skip
     columns = ["finalist", "seeds", "balanced %", "many %", "few %", "over the control", "test %", "s.d."]
@@ -100,6 +111,7 @@ def facts(evidence: Evidence, cards: Sequence[Card]) -> list[tuple[str, str]]:
         "Seeds": ", ".join(map(str, sorted({s for t in run.trials if (s := t.row["seed"]) is not None}))),
         "Validation protocol": named(data.get("protocol"), "validation"),
         "Validation images per class": _images(run),
+        "Models ranked by": f"{evidence.criterion.by}: {evidence.criterion.why}" if evidence.trials else "",
         "Optimism of the best balanced": _optimism(cards),
         "Smallest difference that shows": _resolution(evidence),
         "Test split opened": _openings([one for part in parts for one in part.info.get("openings") or []]),
@@ -139,7 +151,7 @@ def _resolution(evidence: Evidence) -> str:
     """Twice the usual paired deviation from the best."""
     if not evidence.paired or evidence.best is None or len(evidence.trials) < 2:
         return ""
-    others = np.delete(evidence.spread[evidence.best], evidence.best)
+    others = np.delete(evidence.spread()[evidence.best], evidence.best)
     return f"about {100 * 1.96 * float(np.median(others)):.1f} points balanced"
 
 
@@ -166,10 +178,14 @@ def _edges(evidence: Evidence) -> list[Light]:
     if alone and len(run.counts) > 2:
         found.append(Light("amber", f"One class alone makes up: {', '.join(alone)}. Its accuracy is that of a few "
                            "images of one kind."))  # fmt: skip
-    best = None if evidence.best is None else evidence.trials[evidence.best].val["tau"]
-    if best is not None and not TAUS[0] < best < TAUS[-1]:
-        found.append(Light("amber", f"The fitted τ of the best trial, {best:.1f}, is the last one that was looked at: "
-                           "its recipe leans too far to one side."))  # fmt: skip
+    best = {} if evidence.best is None else evidence.trials[evidence.best].val
+    if best and not TAUS[0] < best["tau"] < TAUS[-1]:
+        found.append(Light("amber", f"The fitted τ of the best trial, {best['tau']:.1f}, is the last one that was "
+                           "looked at: its recipe leans too far to one side."))  # fmt: skip
+    if best and abs(math.log(best["temperature"])) > math.log(HOTTEST) - BRINK:
+        found.append(Light("amber", f"The fitted temperature of the best trial, {best['temperature']:.3g}, is the last "
+                           "one that was looked at: its logits are far too "
+                           + ("large." if best["temperature"] > 1 else "small.")))  # fmt: skip
     lengths = {(part.info.get("settled") or {}).get("epochs") or 0 for part in run.parts}
     if len(lengths) > 1:
         found.append(Light("amber", f"The runs trained for different lengths ({', '.join(map(str, sorted(lengths)))} "

@@ -12,10 +12,10 @@ from analysis.crossfit import Score
 from analysis.ensembles import Ensembles
 from analysis.estimates import Estimate
 from analysis.evidence import Evidence
-from analysis.figures import calibrated, classes, costs, ensembled
+from analysis.figures import calibrated, costs, ensembled
 from analysis.load import Trial
 from analysis.page import Block, Listing, Missing, Note, Section, blocks
-from analysis.tables import Cell, Table, gained, number, percent, text
+from analysis.tables import Cell, Table, gained, number, percent, ranged, text
 from rayltr import metrics
 
 MODES = {"logit": "log-probabilities", "prob": "probabilities"}
@@ -25,7 +25,7 @@ NONE = "No finished trial has stored predictions."
 def calibrations(evidence: Evidence) -> Section:
     """Calibration of the best trial (or the control), raw and fitted, and whether a temperature helps."""
     title = "Can its confidence be believed?"
-    trials, run = classes.drawn(evidence), evidence.run
+    trials, run = evidence.shown, evidence.run
     trial = trials.get("best", trials.get("control"))
     if trial is None:
         return Section("calibration", title, "Calibration", [Missing(NONE)])
@@ -78,8 +78,8 @@ def ensembles(evidence: Evidence) -> Section:
         why = found.reason or "there are no experts"
         return Section("ensembles", title, "Ensembles", [Missing(f"No ensemble: {why}.")])
     parts = blocks(
-        Note(_advice(found)), ensembled.growth(found), ensembled.gains(found), _members(found), _rivals(found),
-        _ladder(found), ensembled.differences(found), _left_out(found),
+        Note(_advice(found)), ensembled.growth(found), ensembled.gains(found), _twice(found), _members(found),
+        _rivals(found), _ladder(found), ensembled.differences(found), _left_out(found),
     )  # fmt: skip
     return Section("ensembles", title, "Ensembles", parts)
 
@@ -95,6 +95,24 @@ def _advice(found: Ensembles) -> str:
     )
     return said + (" Ship it where its price can be paid." if found.recommended == "ensemble" else
                    " That is not certain enough to recommend it: ship the single model.")  # fmt: skip
+
+
+def _twice(found: Ensembles) -> Listing | None:
+    """The gain by both ways not to be flattered by the choice."""
+    again, own, single = found.rechosen, found.ensemble, found.single
+    if again is None or own is None or single is None:
+        return None
+    rows = [
+        [text("cross-fitted"), ranged(single.out_balanced), ranged(own.out_balanced), gained(own.gain_balanced),
+         _nats(own.gain_nll)],
+        [text("chosen again"), ranged(again.single), ranged(again.ensemble), gained(again.gain), _nats(again.gain_nll)],
+    ]  # fmt: skip
+    table = Table(["judged", "best single %", "ensemble %", "gain, points", "gain (NLL)"], rows)
+    caption = (
+        "Cross-fitted: chosen on one half of the images, judged on the other. Chosen again: a greedy ensemble in each "
+        f"of {again.draws} bootstrap draws, judged on the images left out."
+    )
+    return Listing("ensemble-corrected", "The gain on images that did not choose", table, caption)
 
 
 def _members(found: Ensembles) -> Listing | None:
@@ -155,7 +173,7 @@ def _left_out(found: Ensembles) -> Note | None:
 
 def priors(evidence: Evidence) -> Section:
     """Accuracy under other test priors."""
-    title, trials = "If the classes come in other frequencies", classes.drawn(evidence)
+    title, trials = "If the classes come in other frequencies", evidence.shown
     found: dict[str, list[shift.Shift]] = {}
     about: Mapping = {"counts": evidence.run.counts, "groups": evidence.run.groups}
     for kind in ("best", "control"):

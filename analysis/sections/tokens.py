@@ -1,6 +1,10 @@
 """Two tokens: a student's class token and distillation token, beside each other."""
 
 import shlex
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
 
 from analysis import tokens
 from analysis.evidence import Evidence
@@ -25,18 +29,19 @@ def section(evidence: Evidence) -> Section | None:
     if not found:
         return None
     trial = found[0]
-    scores = tokens.accuracies(evidence, trial, evidence.run.groups)
+    hits = tokens.hits(evidence, trial)
+    judged = tokens.judged(evidence, hits, evidence.run.groups)
     curves = figures.training(tokens.epochs(found[:DRAWN]), trial.id)
     none = Missing("This run did not record the distance of the tokens, or the teacher's accuracy, by epoch.")
     parts = blocks(
-        Note(_verdict(evidence, trial)), figures.heads(scores, trial.id), _published(evidence, trial), curves or none,
-        _inspected(trial),
+        Note(_verdict(judged, trial)), figures.heads(judged.accuracies(), trial.id), _published(evidence, hits),
+        curves or none, _inspected(trial),
     )  # fmt: skip
     return Section("tokens", TITLE, SHORT, parts, LEAD)
 
 
-def _verdict(evidence: Evidence, trial: Trial) -> str:
-    gap = tokens.apart(evidence, trial)
+def _verdict(judged: tokens.Judged, trial: Trial) -> str:
+    gap = judged.apart()
     said = ", ".join(f"{gained(own).text} on {name} classes" for name, own in gap.items() if own.value == own.value)
     experts = gap["many"].high < 0 < gap["few"].low
     return (
@@ -47,14 +52,14 @@ def _verdict(evidence: Evidence, trial: Trial) -> str:
     )  # fmt: skip
 
 
-def _published(evidence: Evidence, trial: Trial) -> Listing | None:
+def _published(evidence: Evidence, hits: Mapping[str, NDArray[np.bool_]]) -> Listing | None:
     """The same by the groups of the paper, for data of as many classes as its own."""
     counts = evidence.run.counts
     if len(counts) not in RANGES:
         return None
     own, _ = groups(counts, "deit_lt")
     many, medium, few = (len(classes) for classes in own.values())
-    table = figures.scored(tokens.accuracies(evidence, trial, own))
+    table = figures.scored(tokens.judged(evidence, hits, own).accuracies())
     return Listing("token-heads-published", "By the groups of the paper", table, f"The {many} most frequent classes, "
                    f"the next {medium} and the {few} rarest, whatever their counts: to be compared with published "
                    "numbers of DeiT-LT, and with no other table here.", folded=True)  # fmt: skip

@@ -82,7 +82,15 @@ def tau(evidence: Evidence) -> Section:
     listing = Listing("areas", "Trial by trial", taus.areas(evidence), "The area below a trial's own τ curve, and what "
                       "it adds to that of the control arm: zero for a trick that only slides along the control's "
                       "curve.", folded=True)  # fmt: skip
-    return Section("tau", "What τ alone gives", "τ curves", [along, gained, listing])
+    beside, why = taus.corrections(evidence), evidence.normed[1]
+    caption = (
+        "Logit adjustment subtracts τ times the log prior; tau-norm divides each class's weights by the power t of "
+        "their length, without the bias. Each at the τ or t and temperature of its lowest NLL; last, where its "
+        "balanced accuracy has its peak."
+    )
+    normed = Listing("corrections", "Two corrections", beside, caption)
+    parts = blocks(along, normed if beside.rows else None, Note(why) if why else None, gained, listing)
+    return Section("tau", "What τ alone gives", "τ curves", parts)
 
 
 def frequency(evidence: Evidence) -> Section:
@@ -92,7 +100,7 @@ def frequency(evidence: Evidence) -> Section:
     if drawn is None:
         why = "Nothing to draw: neither the best trial nor a control arm has stored predictions."
         return Section("classes", title, "Classes", [Missing(why)])
-    which = "best trial" if "best" in classes.drawn(evidence) else "control"
+    which = "best trial" if "best" in evidence.shown else "control"
     caption = (
         f"By accuracy of the {which}. The interval borrows strength from classes of similar frequency, so it need not "
         "be centred."

@@ -2,14 +2,13 @@
 
 import numpy as np
 
-from analysis.effects import Effects, effects
+from analysis import ablations
+from analysis.effects import FEWEST, Effects, effects
 from analysis.evidence import Evidence
 from analysis.figures import ablated, parallel, tricks
-from analysis.figures.ablated import Part
 from analysis.figures.draw import Figure
-from analysis.load import Trial
-from analysis.page import Missing, Note, Section, blocks
-from rayltr import choice
+from analysis.page import Block, Missing, Note, Section, blocks
+from analysis.tables import counted, gained
 from rayltr.metrics import GROUPS
 
 TITLE = "What mattered"
@@ -21,7 +20,8 @@ def section(evidence: Evidence) -> Section:
     found = by_score(evidence)
     balanced, dropped = found["balanced"], ablation(evidence)
     if balanced.reason:
-        none = Missing(f"No effects can be estimated: {balanced.reason}.")
+        none = Missing(_too_few(balanced) if balanced.trials < FEWEST else
+                       f"What single choices add cannot be estimated: {balanced.reason}.")  # fmt: skip
         return Section("tricks", TITLE, "Tricks", blocks(none, dropped, drawn(evidence, balanced)))
     laid = f", {balanced.designed} of them laid out in advance so that all values meet" if balanced.designed else ""
     note = Note(
@@ -36,19 +36,24 @@ def section(evidence: Evidence) -> Section:
     return Section("tricks", TITLE, "Tricks", parts)
 
 
-def ablation(evidence: Evidence) -> Figure | None:
-    """The best recipe trained again with its choices set back one at a time, the largest loss first; None without."""
-    if not (pairs := evidence.run.ablated):
-        return None
-    whole = max((one for one, _ in pairs), key=lambda trial: trial.row["ended"])
-    parts = [part(evidence, whole, other) for one, other in pairs if one is whole]
-    parts.sort(key=lambda own: change.value if (change := own.changes["balanced"]) else 0.0)
-    return ablated.ablation(whole.id.removesuffix(f"-{choice.WHOLE}"), parts, evidence.paired)
+def _too_few(found: Effects) -> str:
+    have = counted(found.trials, "finished trial") if found.trials else "none"
+    return (
+        f"From {FEWEST} finished trials with tricks on (plain cross-entropy does not count), this section shows how "
+        f"many points each choice adds. There {'is' if found.trials < 2 else 'are'} {have}: a larger --trials with "
+        "--resume adds to this search."
+    )
 
 
-def part(evidence: Evidence, whole: Trial, other: Trial) -> Part:
-    name = choice.ablated(other.row)
-    return Part(name, whole.params.get(name), other.params.get(name), evidence.changed(whole, other))
+def ablation(evidence: Evidence) -> list[Block]:
+    """The best recipe trained again with its choices set back one at a time; empty without."""
+    name, parts = ablations.parts(evidence)
+    if not parts:
+        return []
+    spare = [f"{part.name} ({gained(part.changes['balanced']).text} points)" for part in parts if part.spare]
+    note = Note(f"Better without: {', '.join(spare)}. On this seed the recipe is more often right with that set back, "
+                "by the whole 95 % interval.")  # fmt: skip
+    return blocks(ablated.ablation(name, parts, evidence.paired), note if spare else None)
 
 
 def drawn(evidence: Evidence, found: Effects) -> Figure | None:

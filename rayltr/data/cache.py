@@ -54,6 +54,12 @@ class Sink:
         self._pieces: dict[str, list[np.ndarray]] = {}
         self._lengths: dict[str, int] = {}
 
+    def clear(self) -> None:
+        """Forgets all pieces."""
+        for name in self._lengths:
+            (self.folder / f"{name}.npy").unlink()  # type: ignore[operator]
+        self._pieces, self._lengths = {}, {}
+
     def append(self, name: str, piece: np.ndarray) -> None:
         """Adds `piece` [n, ...] to the array `name`.  Raises NotStored when the folder cannot take it."""
         if self.folder is None:

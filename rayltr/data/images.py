@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
+from multiprocessing import parent_process
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -72,6 +73,16 @@ class Flat:
     def name(self, row: int) -> str:
         return f"the cached copy of image {row}"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process maps the file again; a copy of its content could be larger than the memory."""
+        if isinstance(self.data, np.memmap):
+            return _mapped, (str(self.data.filename), self.ends)
+        return Flat, (self.data, self.ends)
+
+
+def _mapped(file: str, ends: np.ndarray) -> Flat:
+    return Flat(np.load(file, mmap_mode="r"), ends)
+
 
 @dataclass(frozen=True, eq=False)
 class Lazy:
@@ -100,7 +111,7 @@ def decode(item: Encoded | Path, side: int | None = None) -> np.ndarray:
     With `side`, the shorter side is resized to `side` pixels (bicubic, antialiased) and the middle
     [side, side, 3] is cut out; without, the image keeps its size.
     """
-    with Image.open(BytesIO(item) if isinstance(item, bytes) else item) as image:
+    with Image.open(BytesIO(item if isinstance(item, bytes) else _content(item))) as image:
         if side:
             image.draft(
                 None, (2 * side, 2 * side)
@@ -109,6 +120,11 @@ def decode(item: Encoded | Path, side: int | None = None) -> np.ndarray:
         if side and rgb.size != (side, side):
             rgb = ImageOps.fit(rgb, (side, side), Image.Resampling.BICUBIC)
         return np.asarray(rgb)
+
+
+def _content(path: str | Path) -> bytes:
+    with open(path, "rb") as file:  # at once, which is quicker than the small pieces that Pillow asks for
+        return file.read()
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -127,8 +143,11 @@ def shape_of(item: Encoded) -> tuple[int, int] | None:
 
 
 def decode_all(items: Sequence[Encoded], side: int | None = None) -> list[np.ndarray | None]:
-    """The decoded images in order, None where one cannot be read; large ones are decoded by a thread per CPU."""
-    workers = min(cpus(), len(items))
+    """The decoded images in order, None where one cannot be read; large ones are decoded by a thread per CPU.
+
+    A process that was started to decode is one of several, and has one thread.
+    """
+    workers = 1 if parent_process() else min(cpus(), len(items))
     if workers < 2 or _bytes_in(items[0]) < THREADED:
         return _decode_slice(items, side)
     share = -(-len(items) // workers)

@@ -2,8 +2,10 @@
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 from rayltr.data import cache
 from rayltr.data.images import Encoded, Flat, Items, Lazy, decode_all, digests, shape_of
 from rayltr.data.pool import Part, Pool
+from rayltr.data.processes import Map, mapping
 
 CHUNK = 128
 SMALL = 64
@@ -116,62 +119,83 @@ def _part(split: str, items: Items, arrays: dict[str, np.ndarray], plan: Plan) -
 
 
 def _fill(listing: Listing, how: How, sink: cache.Sink) -> dict[str, Any]:
-    plan = _plan(listing, how.size, how.in_memory_gb)
-    skipped = [
-        name
-        for split, (items, target) in listing.parts.items()
-        for name in _fill_part(sink, split, items, target, plan, how.skip_corrupt)
-    ]
+    images = sum(len(target) for _, target in listing.parts.values())
+    with mapping(images) as run:
+        try:  # the size of the first image is that of all, unless another one shows up on the way
+            plan = _plan(how, images, None if how.size else _first_shape(listing))
+            skipped = _fill_parts(sink, listing, plan, how.skip_corrupt, run)
+        except SizesDiffer:
+            sink.clear()
+            plan = _plan(how, images, None)
+            skipped = _fill_parts(sink, listing, plan, how.skip_corrupt, run)
     return {"plan": asdict(plan), "skipped": skipped}
 
 
-def _plan(listing: Listing, side: int | None, in_memory_gb: float) -> Plan:
-    note = None
-    shape = (side, side) if side else _small_shape(listing)
-    if shape is None:
-        side, shape = SMALL, (SMALL, SMALL)
+class SizesDiffer(Exception):
+    """Images that were to keep their size do not share one."""
+
+
+def _plan(how: How, images: int, shape: tuple[int, int] | None) -> Plan:
+    """How so many images are decoded.  shape: (height, width) of all of them, to be kept if it is a small one."""
+    side = note = None
+    if shape is None or max(shape) > SMALL:
+        side = how.size or SMALL
+        shape = (side, side)
+    if side and not how.size:
         note = f"images are larger than {SMALL} px or differ in size; resized to {SMALL} px; use size= for more"
-    pixels = sum(len(target) for _, target in listing.parts.values()) * shape[0] * shape[1]
-    return Plan(side, shape, lazy=3 * pixels > in_memory_gb * 1e9, note=note)
+    return Plan(side, shape, lazy=3 * images * shape[0] * shape[1] > how.in_memory_gb * 1e9, note=note)
 
 
-def _small_shape(listing: Listing) -> tuple[int, int] | None:
-    """The (height, width) of all images if they share one of at most SMALL pixels a side."""
-    shapes: set[tuple[int, int]] = set()
-    for items, _ in listing.parts.values():
-        for rows in _chunks(items):
-            shapes |= {shape for item in items.read(rows) if (shape := shape_of(item))}
-            if len(shapes) > 1 or any(max(shape) > SMALL for shape in shapes):
-                return None
-    return shapes.pop() if shapes else None
+def _first_shape(listing: Listing) -> tuple[int, int] | None:
+    """The (height, width) of the first image that can be read."""
+    chunks = (items.read(rows) for items, _ in listing.parts.values() for rows in _chunks(items))
+    return next((shape for encoded in chunks for item in encoded if (shape := shape_of(item))), None)
 
 
 def _chunks(items: Items) -> list[np.ndarray]:
     return np.array_split(np.arange(len(items)), -(-len(items) // CHUNK))
 
 
+def _fill_parts(sink: cache.Sink, listing: Listing, plan: Plan, skip_corrupt: bool, run: Map) -> list[str]:
+    return [
+        name
+        for split, (items, target) in listing.parts.items()
+        for name in _fill_part(sink, split, items, target, plan, skip_corrupt, run)
+    ]
+
+
 def _fill_part(
-    sink: cache.Sink, split: str, items: Items, target: np.ndarray, plan: Plan, skip_corrupt: bool
+    sink: cache.Sink, split: str, items: Items, target: np.ndarray, plan: Plan, skip_corrupt: bool, run: Map
 ) -> list[str]:
     """Decodes a split into the sink; the names of the images that were left out because they cannot be read."""
-    skipped, blank = [], np.zeros((*plan.size, 3), np.uint8)
-    for rows in _chunks(items):
-        encoded = items.read(rows)
-        images = decode_all(encoded, plan.side)
-        bad = np.array([image is None for image in images])
+    skipped, chunks = [], _chunks(items)
+    contents, sent = tee(map(items.read, chunks))
+    for rows, encoded, (bad, prints, pixels) in zip(chunks, contents, run(partial(_decoded, plan), sent), strict=True):
         skipped += [items.name(int(row)) for row in rows[bad]]
         if skipped and not skip_corrupt:
             raise ValueError(f"{skipped[0]} cannot be read as an image; --skip-corrupt goes on without such images")
-        pixels = np.stack([blank if image is None else image for image in images])
         sink.append(f"{split}.target", np.where(bad, -1, target[rows]))
-        sink.append(f"{split}.digests", digests(pixels))
+        sink.append(f"{split}.digests", prints)
         if not plan.lazy:
             sink.append(f"{split}.images", pixels)
         elif items.scattered and sink.folder:
-            contents = [_content(item) for item in encoded]
-            sink.append(f"{split}.encoded", np.frombuffer(b"".join(contents), np.uint8))
-            sink.append(f"{split}.lengths", np.array([len(content) for content in contents]))
+            copies = [_content(item) for item in encoded]
+            sink.append(f"{split}.encoded", np.frombuffer(b"".join(copies), np.uint8))
+            sink.append(f"{split}.lengths", np.array([len(copy) for copy in copies]))
     return skipped
+
+
+def _decoded(plan: Plan, encoded: Sequence[Encoded]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which images cannot be read (bool [B]), the digests of all (uint8 [B,16]), and their pixels unless they are lazy.
+
+    The pixels of an image that cannot be read are black.  Raises SizesDiffer for one that has not the size planned.
+    """
+    images, blank = decode_all(encoded, plan.side), np.zeros((*plan.size, 3), np.uint8)
+    found = (shape_of(item) if image is None else image.shape[:2] for item, image in zip(encoded, images, strict=True))
+    if plan.side is None and any(shape not in (None, plan.size) for shape in found):
+        raise SizesDiffer
+    pixels = np.stack([blank if image is None else image for image in images])
+    return np.array([image is None for image in images]), digests(pixels), pixels[: 0 if plan.lazy else None]
 
 
 def _content(item: Encoded) -> bytes:

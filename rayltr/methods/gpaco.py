@@ -20,6 +20,7 @@ class Method(nn.Module):
 
     views = 2
     own_loss = True
+    stacks = True
     counts: Tensor
 
     def __init__(

@@ -30,6 +30,7 @@ class Method(nn.Module):
     """
 
     own_loss = True
+    stacks = True
     counts: Tensor
 
     def __init__(

@@ -32,6 +32,7 @@ class Method(nn.Module):
     """
 
     own_loss = True
+    stacks = True
     shift: Tensor
 
     def __init__(self, parts: Parts, *, own: int = 2, tau: float = 2.0):

@@ -24,6 +24,8 @@ class Method(nn.Module):
     fresh_head: a stage initialised from another starts with a new classifier (cRT).
     """
 
+    stacks = True
+    """All that is trained of the backbone goes through one call of it: see `rayltr.stacked`."""
     counts: Tensor
     class_weight: Tensor | None
 

@@ -65,6 +65,8 @@ class Method(supervised.Method):
     ):
         if not 0 <= alpha <= 1 or min(temperature, scale) <= 0 or any(not 0 <= share <= 1 for share in fusion):
             raise ValueError("tokens needs alpha and shares of fusion from 0 to 1, temperature > 0 and scale > 0")
+        if len({share_name(share) for share in fusion}) < len(fusion):
+            raise ValueError(f"tokens: shares of fusion must differ by a hundredth or more, not {fusion}")
         if distil not in KINDS or normalise not in NORMS:
             raise ValueError(f"tokens: distil is one of {', '.join(KINDS)}, normalise one of {', '.join(NORMS)}")
         if parts.layer:
@@ -146,7 +148,7 @@ class Method(supervised.Method):
     def predict(self, images: Tensor) -> dict[str, Tensor]:
         """Logits [B,C] by head."""
         cls, dist = (_wide(z) for z in self.both(images)[:2])
-        fused = {f"cls{round(100 * share)}": share * cls + (1 - share) * dist for share in self.fusion}
+        fused = {share_name(share): share * cls + (1 - share) * dist for share in self.fusion}
         return {"main": (cls + dist) / 2, "cls": cls, "dist": dist, **fused}
 
     def as_timm(self) -> tuple[str, dict[str, int], dict[str, Tensor]] | None:
@@ -158,6 +160,11 @@ class Method(supervised.Method):
         sizes = {"img_size": side, "patch_size": patch, "embed_dim": body.embed_dim, "depth": len(body.blocks)}
         sizes["num_heads"] = body.blocks[0].attn.num_heads
         return "deit_tiny_distilled_patch16_224", sizes, to_timm(self.state_dict())
+
+
+def share_name(share: float) -> str:
+    """The head that has this share of the class token."""
+    return f"cls{round(100 * share)}"
 
 
 def lessons(taught: Tensor, batch: Batch) -> list[tuple[Tensor, Tensor]]:

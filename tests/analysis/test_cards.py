@@ -4,13 +4,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis import cards, estimates, resample
+from analysis import cards, estimates, report, resample
 from analysis.cards import LOSS, export
 from analysis.evidence import Evidence
 from analysis.load import load
 from analysis.sections import decide
-from rayltr import records
-from tests.analysis.conftest import change, make_run
+from rayltr import metrics, records
+from tests.analysis.conftest import change, make_run, predictions, recorded
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,8 @@ def test_the_cheapest_of_the_equivalent_is_within_the_noise_of_the_best(evidence
     card, claim = claims(deck)["Cheapest that cannot be told from the best"]
     i, best = [trial.id for trial in evidence.trials].index(card.name), evidence.best
     gap = evidence.points["balanced"][best] - evidence.points["balanced"][i]
-    near = evidence.points["balanced"] >= evidence.points["balanced"][best] - 1.96 * evidence.spread[best]
-    assert gap <= 1.96 * evidence.spread[best, i] and evidence.costs[i] == evidence.costs[near].min()
+    near = evidence.points["balanced"] >= evidence.points["balanced"][best] - 1.96 * evidence.spread()[best]
+    assert gap <= 1.96 * evidence.spread()[best, i] and evidence.costs[i] == evidence.costs[near].min()
     assert near.sum() > 1 and claim.rivals == 0, "others are told to be as good as this one"
 
 
@@ -207,3 +207,78 @@ def test_a_rival_of_the_ensemble_that_is_more_often_right_is_named(evidence):
     assert "The NLL chose it" in card.notes[0] and "best 2 averaged reaches 98.7 %" in card.notes[0]
     worse = replace(better, out_balanced=estimates.Estimate(0.0, 0.0, 0.0))
     assert "The NLL chose it" not in cards.ensemble_card(evidence, replace(found, baselines=[worse])).notes[0]
+
+
+@pytest.fixture
+def sparse(tmp_path: Path) -> Evidence:
+    """A run with 8 validation images per class, of which accuracy and NLL choose another trial."""
+    run = make_run(tmp_path / "run", trials=12, classes=12, each=8, failed=0)
+    worst = min(load(run).finished[1:4], key=lambda trial: trial.val["fitted_balanced"])
+    row = records.read_predictions(run / worst.row["predictions_val"])
+    sure = row.logits["main"] + 1.5 * np.eye(12, dtype=np.float32)[row.target]  # seldom right, never far off
+    spoilt = np.where((np.arange(len(sure)) % 2)[:, None] == 0, 0.05 * sure, sure)
+    predictions(run, worst.row["predictions_val"], row.counts, {"main": spoilt}, row.target)
+    change(run, worst.row["number"], **recorded(spoilt, row.target, row.counts))
+    return Evidence(load(run))
+
+
+def group_nll(evidence: Evidence, classes: np.ndarray) -> np.ndarray:
+    """The class-balanced NLL of some classes, by the definition."""
+    found = []
+    for trial in evidence.trials:
+        z = metrics.adjust(evidence.run.logits(trial) / trial.val["temperature"], evidence.run.counts, trial.val["tau"])
+        z = z - np.log(np.exp(z.astype(float)).sum(1, keepdims=True))
+        loss = -z[np.arange(len(z)), evidence.target]
+        found.append(np.mean([loss[evidence.target == c].mean() for c in classes]))
+    return np.array(found)
+
+
+def test_with_few_images_per_class_the_nll_chooses(sparse: Evidence):
+    assert sparse.criterion.by == "NLL"
+    whole, few = group_nll(sparse, np.arange(12)), group_nll(sparse, sparse.run.groups["few"])
+    points, c = sparse.points, sparse.control
+    assert sparse.best == whole.argmin() and whole.min() == pytest.approx(sparse.trials[0].val["fitted_nll"], abs=1e-3)
+    assert sparse.trials[c].control
+    assert whole[c] == min(own for own, trial in zip(whole, sparse.trials, strict=True) if trial.control)
+    found = {question.split(",")[0]: card for question, (card, _) in claims(cards.cards(sparse)).items()}
+    assert found["Best on balance"].name == sparse.trials[whole.argmin()].id
+    allowed = points["many"] >= points["many"][c] - LOSS
+    assert found["Best tail"].name == sparse.trials[np.where(allowed, few, np.inf).argmin()].id
+    assert points["balanced"][whole.argmin()] < points["balanced"].max(), "accuracy would have chosen another"
+    near = whole <= whole.min() + 1.96 * sparse.spread("balanced likelihood")[whole.argmin()]
+    assert sparse.costs[near].min() == next(
+        trial.cost for trial in sparse.trials if trial.id == found["Cheapest that cannot be told from the best"].name
+    )
+
+
+def test_the_correction_chooses_by_the_nll_in_every_draw(sparse: Evidence):
+    _, claim = claims(cards.cards(sparse))["Best on balance"]
+    drawn = resample.draws(sparse.target, cards.TIMES, sparse.seed)
+    inside = resample.grouped(sparse.likelihood, sparse.target, sparse.run.groups, drawn)["balanced"]
+    picked = inside.argmax(1)
+    outside = resample.grouped(sparse.hits, sparse.target, sparse.run.groups, drawn == 0)["balanced"]
+    assert claim.by == "NLL" and claim.score == "balanced"
+    assert claim.corrected.value == pytest.approx(outside[np.arange(cards.TIMES), picked].mean(), abs=1e-5)
+
+
+def test_the_page_says_what_ranks_models_and_why(sparse: Evidence, evidence: Evidence):
+    section = decide.section(sparse, cards.cards(sparse))
+    assert "ranked by NLL" in section.lead and "have only 8 validation images; below 20" in section.lead
+    assert ("NLL: " + sparse.criterion.why) in dict(decide.facts(sparse, [])).values()
+    html = report.render(report.build(sparse.run))
+    assert "chosen by NLL;" in html and "The best on balance by NLL, " in html
+    assert any(note.startswith("By balanced NLL") for card in cards.cards(sparse) for note in card.notes)
+    section = decide.section(evidence, cards.cards(evidence))
+    assert "ranked by accuracy" in section.lead and "every measured class has at least 20" in section.lead
+
+
+def test_the_best_on_the_edge_of_its_temperatures_is_warned_of(small: Path):
+    for number in range(9):
+        change(small, number, predictions_val=None)
+    best = int(load(small).chosen["balanced"].row["number"])
+    for temperature, size in ((99.95, "large"), (0.01, "small"), (60.0, "")):
+        change(small, best, **{"m.val.temperature": temperature})
+        found = [
+            light.text for light in decide.lights(Evidence(load(small))) if "temperature of the best" in light.text
+        ]
+        assert [size in text for text in found] == ([True] if size else [])

@@ -159,9 +159,9 @@ def test_one_factor_and_conditional_parameters_alone():
 @pytest.mark.parametrize(
     "params, values, reason",
     [
-        ([{"a": i % 2} for i in range(7)], range(7), "7 trials have a score, effects need 8"),
-        ([{"a": i % 2} for i in range(9)], [np.nan] * 9, "0 trials have a score, effects need 8"),
-        ([], [], "0 trials have a score, effects need 8"),
+        ([{"a": i % 2} for i in range(7)], range(7), "it takes 8 scored trials, there are 7"),
+        ([{"a": i % 2} for i in range(9)], [np.nan] * 9, "it takes 8 scored trials, there are 0"),
+        ([], [], "it takes 8 scored trials, there are 0"),
         ([{"a": i % 2} for i in range(9)], [0.5] * 9, "all trials have the same score"),
         ([{"a": 1, "b": None}] * 9, range(9), "no parameter takes more than one value"),
         ([{}] * 9, range(9), "no parameter takes more than one value"),

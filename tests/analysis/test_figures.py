@@ -3,11 +3,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.evidence import Evidence
+from analysis.estimates import Estimate
+from analysis.evidence import SCORES, Evidence
 from analysis.figures import classes, draw, fronts, taus, tricks
 from analysis.load import load
 from analysis.sections import why
-from rayltr import records
+from rayltr import records, summary
 from rayltr.metrics import TAUS
 from tests.analysis.conftest import change, make_run
 
@@ -82,7 +83,7 @@ def test_a_trial_that_slides_along_the_control_adds_nothing(small: Path):
 def test_the_class_figures_show_best_and_control(evidence: Evidence):
     figure, gap = classes.by_frequency(evidence), classes.difference(evidence)
     assert figure is not None and gap is not None
-    best, control = (classes.drawn(evidence)[kind].per_class for kind in ("best", "control"))
+    best, control = (evidence.shown[kind].per_class for kind in ("best", "control"))
     np.testing.assert_array_equal(values(figure.table, "best %"), best)
     np.testing.assert_allclose(values(figure.table, "difference, points"), best - control)
     assert values(gap.table, "difference, points").mean() == pytest.approx((best - control).mean(), abs=0.01)
@@ -90,7 +91,7 @@ def test_the_class_figures_show_best_and_control(evidence: Evidence):
 
 def test_the_worst_classes_are_the_worst_in_order(evidence: Evidence):
     worst = values(classes.worst(evidence, 5), "best %")
-    np.testing.assert_array_equal(worst, np.sort(classes.drawn(evidence)["best"].per_class)[:5])
+    np.testing.assert_array_equal(worst, np.sort(evidence.shown["best"].per_class)[:5])
     share = values(classes.confused(evidence), "share of its images %")
     assert len(share) and (np.diff(share) <= 0).all()
 
@@ -134,7 +135,7 @@ def ablated(tmp_path):
 def test_the_ablation_compares_the_winner_with_itself_image_by_image(ablated):
     run, origin = ablated
     found = Evidence(load(run))
-    figure = why.ablation(found)
+    figure = why.ablation(found)[0]
     by_id = {trial.id: trial for trial in found.run.trials}
     whole, table = by_id[f"{origin}+1-nothing"], {row[0].text: row for row in figure.table.rows}
     assert set(table) == {"loss", "deferred"} and table["loss"][2].text == "plain"
@@ -149,4 +150,23 @@ def test_the_ablation_compares_the_winner_with_itself_image_by_image(ablated):
 
 
 def test_without_an_ablation_nothing_is_drawn(shared):
-    assert why.ablation(Evidence(load(shared))) is None
+    assert why.ablation(Evidence(load(shared))) == []
+
+
+def test_a_choice_that_the_recipe_is_better_without_is_named(ablated, monkeypatch):
+    run, origin = ablated
+    found = Evidence(load(run))
+    assert len(why.ablation(found)) == 1 and summary.spare(found.run) == ""
+    sure = {name: Estimate(0.021, 0.004, 0.038) for name in SCORES}
+    monkeypatch.setattr(Evidence, "changed", lambda self, whole, other: dict.fromkeys(SCORES) if
+                        other.id.endswith("-loss") else sure)  # fmt: skip
+    note = why.ablation(found)[1].text
+    assert note.startswith("Better without: deferred (+2.1 [+0.4, +3.8] points). ") and "loss" not in note
+    assert summary.spare(found.run) == f"{origin}+1 is better without deferred (+2.1 [+0.4, +3.8] points)"
+
+
+def test_with_few_trials_the_section_says_what_it_needs(small: Path, tmp_path: Path):
+    text = why.section(Evidence(load(small))).blocks[0].text
+    assert "From 8 finished trials with tricks on" in text and "There are 6 finished trials:" in text
+    none = make_run(tmp_path / "none", trials=2, classes=12, failed=2)
+    assert "There is none:" in why.section(Evidence(load(none))).blocks[0].text

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from analysis import reading
-from analysis.load import load, merged
+from analysis.load import load
+from analysis.merging import merged
 from rayltr import metrics, records
 from tests.analysis.conftest import change, forget, make_run, predictions
 

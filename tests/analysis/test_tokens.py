@@ -8,7 +8,8 @@ import pytest
 from analysis import report, tokens
 from analysis.evidence import Evidence
 from analysis.figures import tokens as figures
-from analysis.load import load, merged
+from analysis.load import load
+from analysis.merging import merged
 from analysis.sections import tokens as section
 from rayltr import metrics, records
 from tests.analysis.conftest import make_run
@@ -55,7 +56,7 @@ def test_every_head_has_its_own_accuracy_on_every_group(evidence: Evidence):
     trial = tokens.students(evidence)[0]
     assert trial.id == evidence.trials[int(np.argmax(evidence.points["balanced"]))].id
     for groups in (evidence.run.groups, metrics.groups(evidence.run.counts, "deit_lt")[0]):
-        found = tokens.accuracies(evidence, trial, groups)
+        found = tokens.judged(evidence, tokens.hits(evidence, trial), groups).accuracies()
         assert list(found) == list(HEADS)
         for head, scores in found.items():
             pred = evidence.run.logits(trial, head).argmax(1)
@@ -63,13 +64,14 @@ def test_every_head_has_its_own_accuracy_on_every_group(evidence: Evidence):
             for name, classes in {"balanced": range(10), **groups}.items():
                 own = scores[name]
                 assert own.value == pytest.approx(np.mean([right[c] for c in classes])) and own.low < own.high
-    gap, found = tokens.apart(evidence, trial), tokens.accuracies(evidence, trial, evidence.run.groups)
+    judged = tokens.judged(evidence, tokens.hits(evidence, trial), evidence.run.groups)
+    gap, found = judged.apart(), judged.accuracies()
     for name, own in gap.items():
         assert own.value == pytest.approx(found["dist"][name].value - found["cls"][name].value)
 
 
 def test_heads_are_listed_by_the_share_of_the_class_token(evidence: Evidence):
-    found = tokens.accuracies(evidence, evidence.trials[0], evidence.run.groups)
+    found = tokens.judged(evidence, tokens.hits(evidence, evidence.trials[0]), evidence.run.groups).accuracies()
     assert [row[0].text for row in figures.scored(found).rows] == ["cls", "cls75", "main", "cls25", "dist"]
 
 
@@ -128,3 +130,9 @@ def test_students_of_several_runs_keep_their_names(students: Path, tmp_path: Pat
     other = make_run(tmp_path / "other", trials=4, classes=10, failed=0)
     found = section.section(Evidence(merged([load(other), load(students)])))
     assert found is not None and "run/000" in found.blocks[0].text
+
+
+def test_predictions_are_read_once(evidence: Evidence, monkeypatch: pytest.MonkeyPatch):
+    read, original = [], records.read_predictions
+    monkeypatch.setattr(records, "read_predictions", lambda path: read.append(path) or original(path))
+    assert section.section(evidence) is not None and len(read) == 1

@@ -1,4 +1,5 @@
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -114,3 +115,12 @@ def test_flat_gives_every_image_its_bytes():
     contents = [b"one", b"", b"three", b"4"]
     flat = Flat(np.frombuffer(b"".join(contents), np.uint8), np.cumsum([len(content) for content in contents]))
     assert flat.read(np.array([2, 0, 1, 3, 2])) == [b"three", b"one", b"", b"4", b"three"]
+    assert pickle.loads(pickle.dumps(flat)).read(np.arange(4)) == contents
+
+
+def test_a_mapped_file_is_mapped_again_by_another_process(tmp_path):
+    np.save(tmp_path / "encoded.npy", noise((10_000,)))
+    flat = Flat(np.load(tmp_path / "encoded.npy", mmap_mode="r"), np.array([4_000, 10_000]))
+    sent = pickle.dumps(flat)
+    assert len(sent) < 1_000
+    assert pickle.loads(sent).read(np.array([1])) == flat.read(np.array([1]))

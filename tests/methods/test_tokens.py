@@ -311,6 +311,7 @@ def test_the_weights_start_as_timm_starts_them():
     [
         ({"alpha": 1.5}, "tokens needs alpha and shares of fusion from 0 to 1"),
         ({"fusion": (0.5, 2.0)}, "tokens needs alpha and shares of fusion from 0 to 1"),
+        ({"fusion": (0.251, 0.5, 0.249)}, "shares of fusion must differ by a hundredth"),
         ({"temperature": 0.0}, "temperature > 0"),
         ({"distil": "warm"}, "distil is one of hard, soft, none, normalise one of numel, batch"),
         ({"normalise": "sum"}, "distil is one of hard, soft, none, normalise one of numel, batch"),
