@@ -1,5 +1,6 @@
 """Runs a trial: every stage of its chain from the store, or trained and stored; then its predictions and metrics."""
 
+import errno
 import json
 import socket
 import time
@@ -280,7 +281,7 @@ def opened(run: str) -> Store:
     """The store of a run.  Raises OSError on a machine that does not see the run: it would make a store of its own."""
     if not Path(run, "run.json").exists():
         where = f"--storage {Path(run).parent} is not visible on {socket.gethostname()}"
-        raise FileNotFoundError(f"{where}: {run}/run.json is not there; give a path that all machines share")
+        raise FileNotFoundError(errno.ENOENT, f"{where}: give a path that all machines share", f"{run}/run.json")
     return Store(f"{run}/store")
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from rayltr import trial as module
+from rayltr.actor import verdict
 from rayltr.data import load
 from rayltr.interface import Resources
 from rayltr.records import read_predictions
@@ -133,6 +134,7 @@ def test_a_machine_that_does_not_see_the_run_trains_nothing_into_a_folder_of_its
     monkeypatch.setattr(module, "end_with_parent", lambda: None)
     settings = SimpleNamespace(run=str(tmp_path / "runs" / "first"))
     for work, more in ((module.for_search, ("0000", {}, print)), (module.for_test, ("",))):
-        with pytest.raises(OSError, match=f"--storage {tmp_path}/runs is not visible on {socket.gethostname()}: "):
+        with pytest.raises(OSError, match=f"--storage {tmp_path}/runs is not visible on {socket.gethostname()}: ") as e:
             work(settings, *more)
+        assert verdict(e.value, settings.run) == "interrupted"
     assert not list(tmp_path.iterdir())
