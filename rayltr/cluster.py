@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from ray import train
 from ray.train.torch import TorchTrainer, get_device
+from ray.util.placement_group import get_current_placement_group
 from ray.util.queue import Empty, Queue
 
 from rayltr.interface import Diverged
 
 POLL_S = 0.5
-BEGIN: dict[str, Any] = {}
-"""The first worker's first word."""
+RESERVED = "reserved"
+"""The key of the first worker's first word: the name of what Ray holds for the workers of the trial."""
 
 
 def loop(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -33,7 +34,7 @@ def loop(config: dict[str, Any]) -> dict[str, Any] | None:
         torch.cuda.set_device(device)
     first = train.get_context().get_world_rank() == 0
     report = config["queue"].put if first else ignored
-    report(BEGIN)
+    report({RESERVED: reserved()})
     try:
         place = import_module("rayltr.trial")  # the process that only waits for the workers need not load it
         found = place.for_search(config["settings"], config["name"], config["params"], report)
@@ -41,6 +42,12 @@ def loop(config: dict[str, Any]) -> dict[str, Any] | None:
         error.add_note(traceback.format_exc())  # a traceback does not travel
         found = {"error": error}
     return found if first else None
+
+
+def reserved() -> str:
+    """The placement group of this process, as hex digits."""
+    group = get_current_placement_group()
+    return group.id.hex() if group else ""
 
 
 def ignored(record: dict[str, Any]) -> None:
@@ -95,11 +102,8 @@ def relayed(trainer: TorchTrainer, queue: Queue, report: Callable[[dict[str, Any
                 record = queue.get(timeout=POLL_S)
             except Empty:
                 continue
-            begun += record == BEGIN
-            if record != BEGIN:
-                report(record)
-            elif begun > 1:
-                report({"restarted": begun - 1})
+            begun += RESERVED in record
+            report({**record, "restarted": begun - 1} if RESERVED in record and begun > 1 else record)
     finally:
         queue.shutdown()
     if "error" in outcome:

@@ -69,6 +69,7 @@ class Ledger:
 
     jobs: what runs under each of Tune's identifiers; several only where trials are trained as one.
     nodes: the machines of the running trials, by Tune's identifiers; a trial that has not begun has none yet.
+    reserved: what Ray holds for the workers of trials that have several.
     leaving: the search was told to stop, and its trials are storing what they have.  error: why no more can be
     written, a full disk perhaps, which ends the search, but in order: what was found is kept.
     """
@@ -81,6 +82,7 @@ class Ledger:
     jobs: dict[str, list[Job]] = field(default_factory=dict)
     finals: dict[str, dict[str, Any]] = field(default_factory=dict)
     nodes: dict[str, str] = field(default_factory=dict)
+    reserved: dict[str, str] = field(default_factory=dict)
     losses: Counter[str] = field(default_factory=Counter)
     leaving: bool = False
     error: Exception | None = None
@@ -122,8 +124,10 @@ class Ledger:
             job = next(job for job in jobs if job.trial == result["trial"])
             jobs.remove(job)  # its process goes on with others
             return self.concluded(job, result)
-        if "restarted" in result:
-            self.progress.say(f"  {result['trial']} lost a worker; its workers go on from the last snapshot")
+        if "reserved" in result:
+            self.reserved[trial_id] = result["reserved"]
+            if "restarted" in result:
+                self.progress.say(f"  {result['trial']} lost a worker; its workers go on from the last snapshot")
             return
         self.agenda.moved(result["trial"], result.get("stage", 0))
         self.progress.moved(result)

@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 DRIVER = "trial_driver"
 """The custom resource that trials of several workers run on, where the cluster has it (see cluster.yaml)."""
@@ -116,6 +117,14 @@ def gone(node: str) -> bool:
         if own["NodeID"] == node and own["Alive"]:
             return not answers(own["NodeManagerAddress"], own["NodeManagerPort"])
     return True
+
+
+def release(group: str) -> None:
+    """Gives back what a killed trial held for its workers: a placement group, as hex digits.
+
+    Ray's own cleaner asks the dashboard, of which there may be none or, beside another Ray on the machine, several.
+    """
+    remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
 
 
 def answers(host: str, port: int) -> bool:

@@ -29,7 +29,7 @@ from rayltr.boards import Boards
 from rayltr.choice import repeated
 from rayltr.command import INTERRUPTED, PROBE
 from rayltr.ledger import Ledger, Settings
-from rayltr.machines import DRIVER, OWN_CPU, Shortage, answers, connect, fitted, gone, share_of_gpu
+from rayltr.machines import DRIVER, OWN_CPU, Shortage, answers, connect, fitted, gone, release, share_of_gpu
 from rayltr.progress import Progress
 from rayltr.proposals import Proposals, ended, mend
 from rayltr.studies import find, jobs, rungs
@@ -56,7 +56,9 @@ class Agent(Searcher):
         return {**config(job), "beside": beside} if beside else config(job)
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        node = self.ledger.nodes.get(trial_id)
+        node, group = self.ledger.nodes.get(trial_id), self.ledger.reserved.pop(trial_id, "")
+        if error and group:
+            release(group)
         self.ledger.end(trial_id, died=error, lost=error and node is not None and gone(node))
 
     def save(self, checkpoint_path: str) -> None:
@@ -156,8 +158,7 @@ def searched(settings: Settings, progress: Progress) -> bool:
 
 def placed(settings: Settings, progress: Progress) -> Settings:
     """Starts or joins Ray, and settles how many trials run at once, with which share of a GPU."""
-    # what cleans up behind the workers of a trial that was killed asks the dashboard's process
-    if dashboard := connect(settings.address, settings.dashboard or settings.workers > 1):
+    if dashboard := connect(settings.address, settings.dashboard):
         progress.say(f"Ray dashboard: http://{dashboard} (if it asks for a token: ray get-auth-token)")
     if settings.gpus == PROBE:
         settings = replace(settings, gpus=measured(settings, progress))

@@ -55,7 +55,7 @@ def test_what_ends_all_workers_alike_is_no_reason_to_start_them_again(monkeypatc
     if rank:
         assert found is None and not told
     else:
-        assert found == {"error": error} and told == [cluster.BEGIN]
+        assert found == {"error": error} and told == [{"reserved": ""}]
         assert "in ends" in error.__notes__[-1], "the traceback travels along"
 
 
@@ -79,17 +79,18 @@ class Relay:
 
 def test_workers_that_are_started_again_are_told_of():
     told = []
-    queue = Relay(cluster.BEGIN, {"epoch": 1}, cluster.BEGIN, {"epoch": 1})
+    queue = Relay({"reserved": "a"}, {"epoch": 1}, {"reserved": "b"}, {"epoch": 1})
     trainer = SimpleNamespace(fit=lambda: SimpleNamespace(return_value={"trained": 1}))
     assert cluster.relayed(trainer, queue, told.append) == {"trained": 1}
-    assert told == [{"epoch": 1}, {"restarted": 1}, {"epoch": 1}] and queue.records is None
+    assert told[0] == {"reserved": "a"} and told[2] == {"reserved": "b", "restarted": 1}
+    assert [told[1], told[3]] == [{"epoch": 1}] * 2 and queue.records is None
 
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_ray_is_installed_with_the_part_that_frees_the_machines_of_stopped_trials():
-    """The API server, which only the extra `default` brings; without it such machines would be lost for ever."""
+def test_ray_is_installed_with_the_part_that_frees_the_machines_of_stopped_workers():
+    """The API server, which only the extra `default` brings; of a killed trial `rayltr.machines.release` frees them."""
     (ray,) = [text for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
               if text.startswith("ray")]  # fmt: skip
     assert {"default", "tune", "train"} <= set(ray[ray.index("[") + 1 : ray.index("]")].split(","))

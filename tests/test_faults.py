@@ -227,6 +227,26 @@ def test_what_a_power_cut_took_from_the_records_is_taken_from_the_store(tmp_path
     assert os.path.getsize(f"{table}.damaged") == 100
 
 
+KILLS_ITS_TRIAL = """if not (marker.parent / "killed").exists():
+        (marker.parent / "killed").touch()
+        for entry in pathlib.Path("/proc").glob("[0-9]*"):
+            try:
+                parent, title = (entry / "stat").read_text().rsplit(")")[1].split()[1], (entry / "cmdline").read_text()
+            except OSError:
+                continue
+            if parent == str(os.getppid()) and title.startswith("ray::ImplicitFunc"):
+                os.kill(int(entry.name), 9)"""
+
+
+@pytest.mark.slow
+def test_a_killed_trial_gives_back_what_its_workers_held(tmp_path):
+    """Else the next one would wait for two CPUs of which nobody makes use; no dashboard could tell them."""
+    search = Search(study(tmp_path, KILLS_ITS_TRIAL), tmp_path / "runs", "--workers", "2", trials=2)
+    assert search.start().process.wait(500) == 0
+    assert (tmp_path / "killed").exists() and "0001 is run again, alone: the process of the trial died" in search.said()
+    assert [row["state"] for row in search.rows().values()] == ["complete"] * 2
+
+
 RAISES = """(marker.parent / f"process{os.getpid()}").touch()
     there = sorted(marker.parent.glob("error*"))
     if there:

@@ -89,9 +89,11 @@ def test_no_more_is_under_way_than_asked_for():
 
 
 SCRIPT = """
+import signal
 from rayltr.data import processes
 from tests.data.test_processes import about, slow
 print("begun", flush=True)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
 processes.MANY, processes.share = 0, lambda: 2
 try:
     with processes.mapping(1) as run:
@@ -123,7 +125,7 @@ def script(tmp_path):
 def test_ctrl_c_is_heard_by_the_program_alone(script):
     program, _ = script
     os.killpg(program.pid, signal.SIGINT)
-    assert program.communicate() == ("interrupted\n", "")
+    assert program.communicate(timeout=60) == ("interrupted\n", "")
 
 
 def test_processes_end_with_a_program_that_is_killed(script):
