@@ -80,17 +80,19 @@ def cards(evidence: Evidence, ensembles: Ensembles | None = None, most: float | 
     most: weights that a small model may have; by default half of what the best balanced one has.
     """
     claims: dict[int, list[Claim]] = {}
-    for question, score, choose in questions(evidence, most):
+    for question, score, choose, allowed in questions(evidence, most):
         i = choose(evidence.points)
         if i is not None:
-            claims.setdefault(i, []).append(_claim(evidence, question, score, choose, i))
+            claims.setdefault(i, []).append(_claim(evidence, question, score, choose, i, allowed))
     found = [_card(evidence, i, made) for i, made in claims.items()]
     together = ensemble_card(evidence, ensembles) if ensembles and ensembles.members else None
     return [*found[: MAXIMUM - bool(together)], *([together] if together else [])]
 
 
-def questions(evidence: Evidence, most: float | None = None) -> list[tuple[str, str, Choose]]:
-    """(question, score, how to choose).  The control is the measure, or the best trial without one.
+def questions(evidence: Evidence, most: float | None = None) -> list[tuple[str, str, Choose, NDArray[np.bool_]]]:
+    """(question, score, how to choose, the trials that may be by their measured scores).
+
+    The control is the measure, or the best trial without one.
 
     The best is what `Criterion.of` the score says; what a question demands besides is in accuracies.
     """
@@ -100,12 +102,19 @@ def questions(evidence: Evidence, most: float | None = None) -> list[tuple[str, 
     everyone = np.ones(len(evidence.trials), bool)
     at = evidence.best if evidence.control is None else evidence.control
     than = "the best balanced model" if evidence.control is None else "the control"
-    found: list[tuple[str, str, Choose]] = [
-        ("Best on balance", "balanced", lambda scores: _most(scores[balanced], everyone)),
+
+    def with_head(scores: Mapping[str, Floats]) -> NDArray[np.bool_]:
+        return scores["many"] >= scores["many"][at] - LOSS
+
+    def with_tail(scores: Mapping[str, Floats]) -> NDArray[np.bool_]:
+        return scores["few"] >= scores["few"][at]
+
+    found: list[tuple[str, str, Choose, NDArray[np.bool_]]] = [
+        ("Best on balance", "balanced", lambda scores: _most(scores[balanced], everyone), everyone),
         (f"Best tail, at most {100 * LOSS:.0f} points of head below {than}", "few",
-         lambda scores: _most(scores[few], scores["many"] >= scores["many"][at] - LOSS)),
+         lambda scores: _most(scores[few], with_head(scores)), with_head(evidence.points)),
         (f"Best head, tail no worse than {than}", "many",
-         lambda scores: _most(scores[many], scores["few"] >= scores["few"][at])),
+         lambda scores: _most(scores[many], with_tail(scores)), with_tail(evidence.points)),
     ]  # fmt: skip
     limit = evidence.sizes[evidence.best] / 2 if most is None else most
     small = (evidence.sizes <= limit) & np.isfinite(evidence.sizes)
@@ -113,9 +122,9 @@ def questions(evidence: Evidence, most: float | None = None) -> list[tuple[str, 
         raise ValueError(f"no trial has at most {most:,.0f} weights: the smallest has {evidence.sizes.min():,.0f}")
     if small.any():
         found.append((f"Best of at most {thousands(limit)} weights", "balanced",
-                      lambda scores: _most(scores[balanced], small)))  # fmt: skip
+                      lambda scores: _most(scores[balanced], small), small))  # fmt: skip
     if evidence.paired:
-        found.append((CHEAPEST, "balanced", _cheapest(evidence)))
+        found.append((CHEAPEST, "balanced", _cheapest(evidence), everyone))
     return found
 
 
@@ -141,14 +150,15 @@ def _cheapest(evidence: Evidence) -> Choose:
     return choose
 
 
-def _claim(evidence: Evidence, question: str, score: str, choose: Choose, i: int) -> Claim:
+def _claim(evidence: Evidence, question: str, score: str, choose: Choose, i: int, allowed: NDArray[np.bool_]) -> Claim:
+    """allowed: the trials that the question may choose, by their measured scores."""
     by, raw = evidence.criterion, float(evidence.points[score][i])
     if not evidence.paired:
         return Claim(question, score, by.by, raw)
     fresh = evidence.estimate(i, score) if i in evidence.fresh else None
     if question == CHEAPEST:  # it is the one that others are told to be as good as
         return Claim(question, score, by.by, raw, _corrected(evidence, choose, score), fresh)
-    alike = estimates.equivalents(evidence.samples[by.of(score)], i)
+    alike = estimates.equivalents(evidence.samples[by.of(score)], i) & allowed
     cheapest = np.where(alike, evidence.costs, np.inf).argmin()
     told = evidence.trials[int(cheapest)].id if np.isfinite(evidence.costs[cheapest]) and cheapest != i else ""
     return Claim(question, score, by.by, raw, _corrected(evidence, choose, score), fresh, int(alike.sum()) - 1, told)
@@ -218,8 +228,9 @@ def ensemble_card(evidence: Evidence, found: Ensembles) -> Card:
     advice = "Recommended" if found.recommended == "ensemble" else "Not recommended"
     why = "is sure" if found.recommended == "ensemble" else "is not certain"
     note = (
-        f"{advice}: its gain over the best single model, {single.name}, {why} (NLL {sharper.value:+.3f}, 95 % interval "
-        f"{sharper.low:+.3f} to {sharper.high:+.3f}; more is better). Members: {', '.join(own.members)}."
+        f"{advice}: its gain over the best single model, {single.name}, {why} (its NLL is lower by "
+        f"{sharper.value:.3f}, 95 % interval {sharper.low:.3f} to {sharper.high:.3f}). "
+        f"Members: {', '.join(own.members)}."
     )
     ahead = [rival for rival in found.baselines if rival.out_balanced.value > own.out_balanced.value]
     if ahead:

@@ -124,10 +124,14 @@ def narrowed(outside: Floats, drawn: NDArray) -> Estimate:
 
 
 def reliable(target: ArrayLike, groups: Mapping[str, ArrayLike]) -> bool:
-    """Whether at most a tenth of the classes have fewer than 5 validation images."""
+    """Whether at most a tenth of the classes have fewer than 5 validation images, and none has a single one.
+
+    That one is in every draw, so that nothing would be left to score its class on: the others would stand for it.
+    """
     classes = np.unique(np.concatenate([np.asarray(members, np.int64) for members in groups.values()]))
     images = np.bincount(np.asarray(target, np.int64), minlength=int(classes.max(initial=-1)) + 1)
-    return bool(len(classes)) and bool((images[classes] < ENOUGH).mean() <= TOLERATED)
+    few = images[classes]
+    return bool(len(classes)) and bool((few < ENOUGH).mean() <= TOLERATED) and not (few == 1).any()
 
 
 def seeds(samples: Sequence[ArrayLike], seed: int = 0) -> Estimate:

@@ -1,6 +1,5 @@
 """What runs in a process of Ray Tune's: a trial of a search, or several as one."""
 
-import errno
 import time
 import traceback
 from collections.abc import Callable
@@ -11,10 +10,8 @@ from typing import Any
 import ray
 from ray import tune
 
+from rayltr.files import MACHINE
 from rayltr.ledger import Settings
-
-MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
-"""What a disk says that is full, protected, broken or gone."""
 
 
 def run_trial(config: dict[str, Any], settings: Settings) -> None:
@@ -67,9 +64,10 @@ def verdict(error: Exception, run: str) -> str:
 
     An OSError otherwise is the recipe's: its code looks for a file that is not there, say, and will again.
     """
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-        return "memory"
     if isinstance(error, (InterruptedError, ChildProcessError)):
         return "interrupted"
-    own = isinstance(error, OSError) and str(error.filename or "").startswith(run)
-    return "interrupted" if own or getattr(error, "errno", None) in MACHINE else "failed"
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return "memory"
+    if isinstance(error, OSError) and (error.errno in MACHINE or f"{run}/" in f"{error.filename} {error}"):
+        return "interrupted"
+    return "failed"

@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from rayltr.data import Split
 from rayltr.data.images import Lazy, cpus
-from rayltr.data.processes import CONTEXT, LOST, apart, follow, in_order, may_start, preload
+from rayltr.data.processes import CONTEXT, LOST, MOST, apart, follow, in_order, may_start, preload
 
 AHEAD, EACH = 4, 2
 """Parts that are decoded ahead by a thread, or by each process."""
-FEW, MOST = 2_000, 16
+FEW = 2_000
 """Images from which processes pay for their start, and how many there are at most."""
 SHARED = Path("/dev/shm")
 
@@ -94,7 +94,7 @@ def handed_over(loader: DataLoader) -> Iterator[Tensor | Exception]:
         with apart():
             found = iter(loader)
         yield from found
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, OSError) as error:
         raise ChildProcessError(f"{LOST} ({' '.join(str(error).split())})") from error
 
 

@@ -117,6 +117,8 @@ def meant(error: Exception) -> Exception:
     if any(hasattr(cause, "health_check_failure") for cause in causes):  # the process is gone
         return MemoryError(f"a worker died twice (killed, or out of memory)\n{error}")
     for cause in causes:
+        if isinstance(cause, ChildProcessError):
+            return ChildProcessError(str(error))
         if isinstance(cause, OSError):
-            return OSError(cause.errno, str(error), cause.filename)
+            return OSError(cause.errno, str(error), cause.filename) if cause.errno else OSError(str(error))
     return error

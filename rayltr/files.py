@@ -1,11 +1,15 @@
 """Files that appear whole or not at all, on a local disk or wherever else `pyarrow.fs` reaches (`s3://...`)."""
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 from uuid import uuid4
 
 from pyarrow import fs
+
+MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
+"""What a disk says that is full, protected, broken or gone: whoever writes has done nothing wrong."""
 
 
 def filesystem(path: str | os.PathLike) -> tuple[fs.FileSystem, str]:

@@ -30,11 +30,14 @@ def fused(*modules: nn.Module) -> Iterator[None]:
 def fuse(*modules: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     """Makes networks in eval mode predict the same with fewer operations: (network, name, what was there before)."""
     before: list[tuple[nn.Module, str, nn.Module]] = []
+    after: list[tuple[nn.Module, str, nn.Module]] = []  # set when all are made: an error leaves networks as they are
     for module, (first, second) in ((own, pair) for own in modules for pair in pairs(own)):
         one, other = module.get_submodule(first), module.get_submodule(second)
         before += [(module, first, one), (module, second, other)]
-        module.set_submodule(first, fuse_conv_bn_eval(one, other))  # type: ignore[type-var, arg-type]
-        module.set_submodule(second, nn.Identity())
+        joined = fuse_conv_bn_eval(one, other)  # type: ignore[type-var, arg-type]
+        after += [(module, first, joined), (module, second, nn.Identity())]
+    for module, name, made in after:
+        module.set_submodule(name, made)
     return before
 
 

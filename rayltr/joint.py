@@ -132,7 +132,9 @@ class Pass:
     def backward(self) -> None:
         """Brings the gradients of the leaves back to the networks; a leaf without one counts as zero."""
         found = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.leaves]
-        self.features.backward(torch.stack(found))
+        kind = self.features.device.type
+        with torch.autocast(kind, enabled=False):  # whoever asked last may be in a forward of his own
+            self.features.backward(torch.stack(found))
         self.stack.deal()
 
 

@@ -151,9 +151,9 @@ class Ledger:
         jobs = self.jobs.pop(trial_id, [])
         self.nodes.pop(trial_id, None)
         gone: dict[str, Any] = {"state": "memory", "error": "the process of the trial died (killed, or out of memory)"}
+        final = self.finals.pop(trial_id, gone)
         for job in jobs:
-            result = {"started": time.time(), **(self.finals.pop(trial_id, gone) if not died else gone)}
-            self.concluded(job, result, lost)
+            self.concluded(job, {"started": time.time(), **(gone if died else final)}, lost)
 
     def concluded(self, job: Job, result: dict[str, Any], lost: bool = False) -> None:
         try:

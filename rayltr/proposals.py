@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rayltr import records
 from rayltr.agenda import Agenda, Job, Values
 from rayltr.choice import repeated, rung_of
-from rayltr.files import save
+from rayltr.files import MACHINE, save
 from rayltr.objectives import BALANCED, OBJECTIVES, direction, values
 from rayltr.sampling import RESULT, number
 from rayltr.spec import parse
@@ -106,8 +106,9 @@ class Proposals:
         try:
             self.space(trial)
         except ValueError as error:
-            if isinstance(error.__cause__, OSError):  # a full disk, met while drawing, is no verdict on the recipe
-                raise error.__cause__ from None
+            cause = error.__cause__
+            if isinstance(cause, OSError) and cause.errno in MACHINE:  # met while drawing: no verdict on the recipe
+                raise cause from None
             broken = str(error)
         return self.job(number(self.study, trial), 0, trial.params, trial.number, broken)
 

@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--objective", "--objectives", default="balanced_nll", metavar="NAME[,NAME]",
                        help=f"one or more of {', '.join(objectives.OBJECTIVES)} (default balanced_nll)")  # fmt: skip
     group.add_argument("--sampler", choices=("tpe", "nsga2", "nsga3", "gp", "quasi", "random"), default="tpe",
-                       help="what proposes, after a balanced design of 30 %% of the trials (default tpe)")  # fmt: skip
+                       help="what proposes after a balanced design (of 30 %% or more; default tpe)")  # fmt: skip
     group.add_argument("--fidelity", choices=("auto", *studies.FIDELITIES), default="auto", help=FIDELITY)
     group.add_argument("--finalists", type=int, default=0, metavar="K",
                        help=f"train the best K (and the best control) with {SEEDS} more seeds (default 0)")  # fmt: skip
@@ -101,9 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = {**command.plan_json(plan), "study": study.name, "source": data.digest}
     settled = {**chosen, "objectives": aims, "sampler": options.sampler, "fidelity": options.fidelity}
     run = folder(options, study, plan, command.fingerprint({**settled, **typed}, study.file.read_bytes().hex()))
-    if options.resume:
-        settled |= kept(run, typed)
-        plan, options.fidelity = replace(plan, precision=settled["precision"]), settled["fidelity"]
+    settled |= kept(run, typed)
+    plan, options.fidelity = replace(plan, precision=settled["precision"]), settled["fidelity"]
     new = begin(run, options, study, settled, data, arguments)
     if plan.study != study.name:  # a file of the user's: what is edited meanwhile must not change a running search
         plan = replace(plan, study=str(run / f"{study.name}.py"))

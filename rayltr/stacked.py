@@ -42,14 +42,16 @@ def bundle(jobs: Sequence[Job]) -> Iterator[Any]:
         said.put((record,))
 
     def run(lane: Beside, job: Job) -> None:
-        lane.begin()
         try:
+            lane.begin()
             job(lane, report)
         except BaseException as error:
             errors.append(error)
         finally:
-            lane.end()
-            said.put(())
+            try:
+                lane.end()
+            finally:
+                said.put(())
 
     for lane, job in zip(shared.lanes, jobs, strict=True):
         threading.Thread(target=run, args=(lane, job), daemon=True).start()

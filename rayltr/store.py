@@ -46,7 +46,7 @@ class Store:
             put(self.files, probe, b"")
             self.files.delete_file(probe)
         except OSError as error:
-            raise OSError(f"the storage {root} cannot be written: {error}") from error
+            raise OSError(error.errno, f"the storage cannot be written: {error}", str(root)) from error
 
     def path(self, stage: Stage, suffix: str) -> str:
         """The path of a file that belongs to a stage at its end, below the store's root."""

@@ -176,7 +176,7 @@ def trained(settings: Settings, ledger: Ledger, left: int) -> bool:
     progress = ledger.progress
     if ledger.agenda.finished():
         return True
-    progress.begin(left, settings.concurrent * settings.stack)
+    progress.begin(left, min(left, settings.concurrent * settings.stack))
     claims.go_on(settings.run)
     signal.signal(signal.SIGINT, lambda *_: leave(ledger, progress))
     try:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rayltr import cluster, trial
+from rayltr.actor import verdict
 from rayltr.interface import Diverged
 
 
@@ -38,6 +39,20 @@ class Failed(Exception):
 def test_the_error_of_a_run_is_that_of_a_single_process(error, kind):
     found = cluster.meant(error)
     assert type(found) is kind and str(error) in str(found)
+
+
+@pytest.mark.parametrize(
+    ("cause", "state"),
+    [
+        (OSError(28, "No space left on device"), "interrupted"),
+        (PermissionError(13, "Permission denied", "/runs/own/store/1"), "interrupted"),
+        (ChildProcessError("a process that decodes images was killed"), "interrupted"),
+        (FileNotFoundError(2, "No such file or directory", "/home/me/weights.csv"), "failed"),
+        (OSError("something else"), "failed"),
+    ],
+)
+def test_what_a_worker_raised_means_what_it_means_in_a_single_process(cause, state):
+    assert verdict(cluster.meant(Failed(cause)), "/runs/own") == verdict(cause, "/runs/own") == state
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -412,7 +412,10 @@ def test_a_run_that_goes_on_keeps_what_the_machine_and_the_number_of_trials_deci
     tuned(lambda settings: asked.append(settings) or False)
     now = records.read_run(run)["settled"]
     monkeypatch.setattr(command, "native_precision", lambda: "fp32" if now["precision"] == "bf16" else "bf16")
-    words = [*SYNTHETIC, "--storage", "runs", "--name", "run", "--resume", "--trials", "60"]
+    words = [*SYNTHETIC, "--storage", "runs", "--name", "run", "--trials", "60"]
+    assert command.run(search.main, words) == PREFLIGHT
+    assert "has 0 of 60 trials; go on with --resume" in capsys.readouterr().err
+    words += ["--resume"]
     assert command.run(search.main, words) == INTERRUPTED
     (settings,) = asked
     assert (settings.plan.precision, settings.fidelity, settings.trials) == (now["precision"], now["fidelity"], 60)

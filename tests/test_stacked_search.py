@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,7 @@ from rayltr.interface import Resources
 from rayltr.spec import Stage, fn, parse
 from rayltr.store import Store
 from rayltr.trial import run
-from tests.test_agenda import FIRST, agenda, recipe, single
+from tests.test_agenda import agenda, recipe, single
 from tests.test_ledger import FULL_DISK, GOOD, ledger, rows  # noqa: F401
 
 ONE = Resources(device="cpu", threads=1)
@@ -36,7 +37,7 @@ def stage(lr):
 @pytest.fixture
 def wide(ledger):  # noqa: F811
     """A ledger whose processes run up to two trials; there are three of one shape."""
-    object.__setattr__(ledger.settings, "stack", 2)
+    ledger.settings = replace(ledger.settings, stack=2)
     return ledger
 
 
@@ -111,7 +112,7 @@ def test_beside_a_job_run_those_of_its_shape_which_want_no_stage_of_it():
     assert made.next(first).number == 3, "neither the longer one nor the other network"
     assert made.next(first) is None
     assert [made.next().number for _ in range(3)] == [1, 2, 4]
-    assert made.next() is None and FIRST.epochs, "the last wants the first stage of the one before"
+    assert made.next() is None, "the last wants the first stage of the one before"
 
 
 def test_a_point_that_is_no_chain_has_no_company():

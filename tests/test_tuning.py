@@ -4,6 +4,7 @@ import pytest
 
 from rayltr import tuning
 from rayltr.actor import verdict
+from rayltr.data.processes import LOST
 from rayltr.ledger import Settings
 from rayltr.studies import Plan
 
@@ -17,6 +18,9 @@ from rayltr.studies import Plan
         (OSError(28, "No space left on device"), "interrupted"),
         (InterruptedError("told to stop"), "interrupted"),
         (PermissionError(13, "Permission denied", "/runs/own/store/1"), "interrupted"),
+        (OSError(13, "Failed to open local file '/runs/own/store/1'. Detail: Permission denied"), "interrupted"),
+        (PermissionError(13, "Permission denied", "/runs/ownweights.csv"), "failed"),
+        (ChildProcessError(LOST), "interrupted"),
         (FileNotFoundError(2, "No such file or directory", "/home/me/weights.csv"), "failed"),
         (ValueError("the term 'loss' became nan in epoch 1"), "failed"),
         (KeyError("my own mistake"), "failed"),

@@ -67,7 +67,8 @@ def _volume(evidence: Evidence) -> Note | None:
         return None
     share = 100 * hypervolume(points)
     return Note(
-        f"In all three groups (many, medium, few) the trials at their fitted τ cover {share:.1f} % of the cube."
+        f"In all three groups (many, medium, few) the trials at their fitted τ cover {share:.1f} % of the cube, as "
+        "measured."
     )
 
 

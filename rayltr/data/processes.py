@@ -22,6 +22,8 @@ from rayltr.data.images import cpus
 CONTEXT = get_context("forkserver")
 MANY = 10_000
 """Images, however small, from which the half a second that processes need to start is worth it."""
+MOST = 16
+"""Processes at most: each holds some hundred images."""
 STARTING = Lock()
 LOST = "a process that decodes images was killed, perhaps because the machine ran out of memory"
 
@@ -32,7 +34,7 @@ Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 def share() -> int:
     """The CPUs that this process should use: as OMP_NUM_THREADS says, which Ray sets to those of a trial, or all."""
     said = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    return min(cpus(), int(said)) if said.isdecimal() else cpus()
+    return min(cpus(), MOST, int(said) if said.isdecimal() else MOST)
 
 
 def may_start() -> bool:

@@ -47,6 +47,7 @@ class Method(supervised.Method):
 
     taught = True
     own_weight = True
+    stacks = False
     drawn: Tensor | None
 
     def __init__(

@@ -81,6 +81,22 @@ def test_what_cannot_be_told_apart_is_said_and_the_cheapest_named(evidence, deck
     assert f"not distinguishable from {claim.rivals} other trial" in note and claim.cheapest in note
 
 
+def test_who_is_named_as_cheaper_meets_what_the_question_demands(evidence):
+    at, ids = evidence.control, [trial.id for trial in evidence.trials]
+    alike = Evidence(evidence.run)
+    alike.__dict__["samples"] = {name: np.zeros_like(drawn) for name, drawn in evidence.samples.items()}
+    floors = {"many": ("few", evidence.points["few"][at]), "few": ("many", evidence.points["many"][at] - LOSS)}
+    for question, score, choose, allowed in cards.questions(evidence):
+        i = choose(evidence.points)
+        assert i is None or allowed[i], question
+        if score in floors and i is not None:
+            other, least = floors[score]
+            np.testing.assert_array_equal(allowed, evidence.points[other] >= least)
+            claim = cards._claim(alike, question, score, choose, i, allowed)
+            assert claim.rivals == allowed.sum() - 1
+            assert not claim.cheapest or allowed[ids.index(claim.cheapest)]
+
+
 def test_the_commands_export_what_the_card_shows(evidence, deck):
     for card in deck[:-1]:
         assert (
@@ -197,7 +213,7 @@ def test_the_limit_can_be_named_and_must_leave_a_model(sized: Path):
 
 
 def test_models_of_one_size_have_no_card_for_small_ones(evidence):
-    assert not any("weights" in question for question, _, _ in cards.questions(evidence))
+    assert not any("weights" in question for question, *_ in cards.questions(evidence))
 
 
 def test_a_rival_of_the_ensemble_that_is_more_often_right_is_named(evidence):

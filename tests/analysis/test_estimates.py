@@ -158,6 +158,9 @@ def test_a_correction_is_trusted_where_classes_have_images():
     images[11] = 0
     assert not estimates.reliable(np.repeat(np.arange(20), images), groups)
     assert not estimates.reliable([], groups)
+    images[:] = 20
+    images[0] = 1
+    assert not estimates.reliable(np.repeat(np.arange(20), images), groups), "it is in every draw"
 
 
 @pytest.mark.parametrize("runs", [3, 5])
