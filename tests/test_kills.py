@@ -108,13 +108,13 @@ MIDWAY = """mine = marker.parent / f"gamma{gamma}"
 DIES = """
 
 def dies_in_put(number):
-    from rayltr import records, store
+    from rayltr import files, store
     calls = []
 
     def put(system, place, content):
         calls.append(place)
         if len(calls) < number:
-            return records.put(system, place, content)
+            return files.put(system, place, content)
         whole = number == 4  # a disk may lose the end of a file that was renamed already
         pathlib.Path(place if whole else f"{place}.0.part").write_bytes(content[: len(content) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
