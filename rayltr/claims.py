@@ -89,11 +89,21 @@ def boot() -> str:
 
 def began(pid: int) -> int | None:
     """When a process began, in ticks since the boot; None where that cannot be seen."""
+    found = facts(pid)
+    return int(found[19]) if found else None
+
+
+def state(pid: int) -> str:
+    """A letter, Z for a process that has ended; empty where that cannot be seen."""
+    return "".join(facts(pid)[:1])
+
+
+def facts(pid: int) -> list[str]:
+    """What Linux tells of a process behind its name, from its state on; nothing elsewhere."""
     try:
-        behind_the_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
-        return int(behind_the_name.split()[19])
-    except (OSError, ValueError, IndexError):
-        return None
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def alive(held: dict[str, Any]) -> bool:
@@ -164,7 +174,7 @@ def end_with_parent() -> None:
     parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == parent and state(parent) != "Z":
             time.sleep(BEAT_S)
         os._exit(1)
 

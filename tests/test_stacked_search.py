@@ -143,6 +143,7 @@ def study(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_search_of_trials_as_one_finds_what_each_finds_alone(study, tmp_path):
     """And goes on, with another number of trials as one."""
     words = [study, "--epochs", 4, "--sampler", "random", "--precision", "fp32", "--storage", tmp_path, "--name", "run"]
