@@ -1,11 +1,13 @@
 """The recipe of best balance without one of its choices: what each of them is worth on the same seed and images."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from analysis.estimates import Estimate
 from analysis.evidence import Evidence
 from analysis.load import Trial
+from analysis.tables import gained
 from rayltr import choice
 
 
@@ -23,6 +25,11 @@ class Part:
         """Whether the recipe is more often right without it, with its whole interval."""
         change = self.changes["balanced"]
         return change is not None and change.low > 0
+
+
+def spare(parts: Sequence[Part]) -> str:
+    """Those without which the recipe is better, with what that brings; empty for none."""
+    return ", ".join(f"{own.name} ({gained(own.changes['balanced']).text} points)" for own in parts if own.spare)
 
 
 def parts(evidence: Evidence) -> tuple[str, list[Part]]:

@@ -92,9 +92,8 @@ def cards(evidence: Evidence, ensembles: Ensembles | None = None, most: float | 
 def questions(evidence: Evidence, most: float | None = None) -> list[tuple[str, str, Choose, NDArray[np.bool_]]]:
     """(question, score, how to choose, the trials that may be by their measured scores).
 
-    The control is the measure, or the best trial without one.
-
-    The best is what `Criterion.of` the score says; what a question demands besides is in accuracies.
+    The control is the measure, or the best trial without one.  The best is what `Criterion.of` the score says; what a
+    question demands besides is in accuracies.
     """
     if evidence.best is None:
         return []

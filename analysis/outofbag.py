@@ -1,8 +1,8 @@
 """What a greedy ensemble is worth, if it is chosen again in every bootstrap draw and judged on what the draw left out.
 
-That is the correction of `analysis.estimates.corrected` for a choice among combinations instead of trials.  Thousands
-of selections are made, but in every round they have the round's number in common, and most draws begin alike: what
-experts contribute is computed once per round, what a combination of picks gives once for all draws that have it.
+That is the correction of `analysis.estimates.corrected` for a choice among combinations instead of trials.  All
+draws go through the same rounds, and most begin alike: what experts contribute is computed once per round, what a
+combination of picks gives once for all draws that have it.
 """
 
 from collections.abc import Callable

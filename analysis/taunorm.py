@@ -7,7 +7,6 @@ softmax and a lot to a division by lengths.  Where there are more classes than f
 are the image of few features, and no others give the same differences.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from scipy.optimize import minimize_scalar
 from analysis.greedy import weighted
 from analysis.load import Run, Trial
 from analysis.reading import Floats
-from rayltr import metrics, records
+from rayltr import files, metrics, records
 
 POWERS: Floats = np.arange(0, 16) / 10
 """The powers t that are looked at: 0, 0.1, ... 1.5."""
@@ -76,10 +75,10 @@ def classifier(trial: Trial) -> tuple[Floats, Floats] | None:
     line, _, epoch = (trial.row["address"] or "").partition("@")
     path = records.within(trial.folder, f"store/{line}/{epoch:>06}")
     try:
-        body, note = _bytes(f"{path}.safetensors"), json.loads(_bytes(f"{path}.json"))
+        body, note = files.read(f"{path}.safetensors"), json.loads(files.read(f"{path}.json"))
     except (OSError, ValueError):
         raise ValueError("its weights are not stored (any more)") from None
-    if hashlib.blake2b(body, digest_size=20).hexdigest() != note["checksum"]:
+    if files.checksum(body) != note["checksum"]:
         raise ValueError("its stored weights are damaged")
     tensors = {name: value for name, value in tensors_of(body).items() if name.startswith(HEAD)}
     if set(tensors) != {f"{HEAD}weight", f"{HEAD}bias"} or tensors[f"{HEAD}weight"].ndim != 2:
@@ -115,9 +114,3 @@ def _fitted(z: NDArray[np.float32], target: NDArray[np.int64]) -> tuple[float, f
 
     found = minimize_scalar(loss, bounds=(-reach, reach), method="bounded", options={"xatol": 1e-2})
     return float(np.exp(found.x)), float(found.fun)
-
-
-def _bytes(path: str) -> bytes:
-    system, place = records.filesystem(path)
-    with system.open_input_stream(place) as stream:
-        return stream.read()

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from analysis import estimates, fidelity, resample
 from analysis.estimates import Estimate
-from analysis.evidence import Evidence
+from analysis.evidence import SCORES, Evidence
 from analysis.load import Trial
 from rayltr import records
 from rayltr.metrics import GROUPS
@@ -43,9 +43,8 @@ class Judged:
 
     def accuracies(self) -> dict[str, dict[str, Estimate]]:
         """The accuracy of every head: over all classes and by group."""
-        names = ("balanced", *GROUPS)
         return {
-            head: {name: estimates.estimate(float(self.now[name][0, i]), self.drawn[name][:, i]) for name in names}
+            head: {name: estimates.estimate(float(self.now[name][0, i]), self.drawn[name][:, i]) for name in SCORES}
             for i, head in enumerate(self.heads)
         }
 

@@ -11,9 +11,10 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from rayltr import build, transformers
+from rayltr.build import method
 from rayltr.catalogue import complete
 from rayltr.data import Data, load
 from rayltr.interface import Resources, State
@@ -122,33 +124,18 @@ def ours(stage: Stage, data: Data, taught: State, resources: Resources) -> Itera
     yield from seconds
 
 
-@contextmanager
-def other_kernel() -> Iterator[None]:
-    """Fused attention where it is not used, and the other way round."""
-    kept = transformers.FUSED
-    transformers.FUSED = {"cpu", "cuda"} - kept
-    try:
-        yield
-    finally:
-        transformers.FUSED = kept
+def compiled(*given: Any) -> nn.Module:
+    """A method whose network, if it is the student's, goes through torch.compile."""
+    made: Any = method(*given)
+    if hasattr(made, "head_dist"):
+        made.backbone.body.tokens = torch.compile(made.backbone.body.tokens)
+    return made
 
 
-@contextmanager
-def compiled() -> Iterator[None]:
-    """The student's network through torch.compile."""
-    plain_method = build.method
-
-    def method(*given: Any) -> nn.Module:
-        made: Any = plain_method(*given)
-        if hasattr(made, "head_dist"):
-            made.backbone.body.tokens = torch.compile(made.backbone.body.tokens)
-        return made
-
-    build.method = method
-    try:
-        yield
-    finally:
-        build.method = plain_method
+def others() -> dict[str, AbstractContextManager]:
+    """What ours does not do on this device, as changes to it."""
+    fused = patch.object(transformers, "FUSED", {"cpu", "cuda"} - transformers.FUSED)
+    return {"other kernel": fused, "compiled": patch.object(build, "method", compiled)}
 
 
 def untrained(stage: Stage, data: Data) -> tuple[State, nn.Module]:
@@ -179,8 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, place in (("plain loop, fp32", 0), ("rayltr, bf16", 1)):
         print(f"{name:18} {shown / median(pair[place] for pair in pairs):9.1f} images/s")
     print(f"{ratio:.2f} times as fast (floor {floor})")
-    for name, way in {"other kernel": other_kernel, "compiled": compiled}.items() if options.others else ():
-        with way():
+    for name, way in others().items() if options.others else ():
+        with way:
             first, *later = ours(stage.but(epochs=1 + options.repeats), data, taught, resources)
         usual = median(later)
         print(f"{name:18} {shown / usual:9.1f} images/s; its first epoch took {first - usual:.0f} s longer")

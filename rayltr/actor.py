@@ -22,22 +22,16 @@ def run_trial(config: dict[str, Any], settings: Settings) -> None:
     node = ray.get_runtime_context().get_node_id()
     jobs = [config, *config.get("beside", ())]
     if len(jobs) == 1:
-        return attempt(config, settings, node, {}, tune.report)
+        return attempt(config, settings, node, None, tune.report)
     # torch belongs in the actor: importing it in the driver would delay every start by seconds
     stacked = import_module("rayltr.stacked")
-    bundled = [partial(in_lane, job, settings, node) for job in jobs]
-    for record in stacked.bundle(bundled):
+    for record in stacked.bundle([partial(attempt, job, settings, node) for job in jobs]):
         tune.report(record)
 
 
-def in_lane(job: dict[str, Any], settings: Settings, node: str, lane: Any, report: Callable[[Any], None]) -> None:
-    attempt(job, settings, node, {"lane": lane}, report)
-
-
-def attempt(
-    job: dict[str, Any], settings: Settings, node: str, more: dict[str, Any], report: Callable[[Any], None]
-) -> None:
-    """Never raises for what goes wrong inside the trial: the error is the trial's result.  more: for `for_search`."""
+def attempt(job: dict[str, Any], settings: Settings, node: str, lane: Any, report: Callable[[Any], None]) -> None:
+    """Never raises for what goes wrong inside the trial: the error is the trial's result.  lane: beside others."""
+    more = {"lane": lane} if lane else {}
     facts = {"trial": job["trial"], "final": 0, "started": time.time(), "node": node}
     last: dict[str, Any] = {}
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rayltr import command, folding, recipe, records
+from rayltr.choice import SCORES
 from rayltr.command import Refused
 from rayltr.data import Data, Split
 from rayltr.data.images import Lazy
@@ -29,8 +30,6 @@ from rayltr.predict import decoded, found
 from rayltr.records import Predictions
 from rayltr.spec import Stage, parse
 from rayltr.train import pixels, predict
-
-SHOWN = ("balanced", "many", "medium", "few")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -147,11 +146,11 @@ def told(note: Mapping[str, Any]) -> list[str]:
     shown = ", ".join(f"{head} {weight:.2f}" for head, weight in note["weights"].items())
     lines = [
         f"weights: {shown} (of {note['number']} images: {note['images']})",
-        f"{note['measured_on'] + ', %':27}" + "".join(f"{name:>10}" for name in SHOWN),
+        f"{note['measured_on'] + ', %':27}" + "".join(f"{name:>10}" for name in SCORES),
     ]
     for prefix, how in (("", ""), ("fitted_", ", corrected")):
         for when, what in (("before", "as trained"), ("after", "weighed")):
-            values = "".join(f"{100 * note[when][prefix + name]:10.1f}" for name in SHOWN)
+            values = "".join(f"{100 * note[when][prefix + name]:10.1f}" for name in SCORES)
             lines.append(f"  {what + how:25}{values}")
     return lines
 

@@ -17,7 +17,7 @@ from rayltr.data.processes import CONTEXT, LOST, MOST, apart, follow, in_order, 
 AHEAD, EACH = 4, 2
 """Parts that are decoded ahead by a thread, or by each process."""
 FEW = 2_000
-"""Images from which processes pay for their start, and how many there are at most."""
+"""Images from which processes pay for their start."""
 SHARED = Path("/dev/shm")
 
 

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+SCORES = ("balanced", "many", "medium", "few")
+"""Accuracies, as they are shown: over all classes, and over each group of them."""
 BEST = {
     "balanced": ("fitted_balanced", "fitted_nll"),
     "many": ("fitted_many", "fitted_balanced"),

@@ -111,7 +111,7 @@ def alive(held: dict[str, Any]) -> bool:
         return time.time() - held.get("time", 0) < EXPIRY_S
     if held["pid"] == os.getpid():
         return held.get("owner") in HELD
-    if len({began(held["pid"]), held.get("began")} - {None}) > 1:
+    if state(held["pid"]) == "Z" or len({began(held["pid"]), held.get("began")} - {None}) > 1:
         return False
     try:
         os.kill(held["pid"], 0)
@@ -171,10 +171,11 @@ def end_with_parent() -> None:
 
     A worker can outlive it, waiting for ever to report an epoch: with its claims, and with its memory on the GPU.
     """
-    parent = os.getppid()
+    parent = int(os.environ.get("RAY_RAYLET_PID", os.getppid()))  # it may be gone by now, and an heir has taken over
+    raylet = {"host": socket.gethostname(), "pid": parent, "began": began(parent)}
 
     def watch() -> None:
-        while os.getppid() == parent and state(parent) != "Z":
+        while alive(raylet):
             time.sleep(BEAT_S)
         os._exit(1)
 

@@ -102,8 +102,10 @@ def relayed(trainer: TorchTrainer, queue: Queue, report: Callable[[dict[str, Any
                 record = queue.get(timeout=POLL_S)
             except Empty:
                 continue
-            begun += RESERVED in record
-            report({**record, "restarted": begun - 1} if RESERVED in record and begun > 1 else record)
+            if RESERVED in record:
+                begun += 1
+                record |= {"restarted": begun - 1} if begun > 1 else {}
+            report(record)
     finally:
         queue.shutdown()
     if "error" in outcome:

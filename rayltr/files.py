@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import os
 from pathlib import Path
 from uuid import uuid4
@@ -25,6 +26,18 @@ def save(path: str | os.PathLike, content: bytes) -> None:
     system, place = filesystem(path)
     system.create_dir(os.path.dirname(place), recursive=True)
     put(system, place, content)
+
+
+def read(path: str | os.PathLike) -> bytes:
+    """A whole file.  Raises OSError where there is none."""
+    system, place = filesystem(path)
+    with system.open_input_stream(place) as stream:
+        return stream.read()
+
+
+def checksum(body: bytes) -> str:
+    """By which a stored file is known to be whole: 40 hex digits."""
+    return hashlib.blake2b(body, digest_size=20).hexdigest()
 
 
 def put(system: fs.FileSystem, place: str, content: bytes) -> None:

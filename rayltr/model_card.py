@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from rayltr.choice import finalist, score
+from rayltr.choice import SCORES, finalist, score
 
-GROUPS = ("balanced", "many", "medium", "few")
 MODES = {
     "logit": "The log-probabilities of its members are averaged.",
     "prob": "The probabilities of its members are averaged.",
@@ -22,8 +21,8 @@ fitted on the validation images alone.
 
 def of_trial(info: Mapping[str, Any], row: Mapping[str, Any], how: str, price: Mapping[str, Any]) -> str:
     """The card of one trial.  how: sentences that say how it was chosen; price: `rayltr.shipping.price`."""
-    cells = [(score(row, f"fitted_{name}"), row.get(f"m.test.fitted_{name}")) for name in GROUPS]
-    table = [f"| {name} | {percent(val)} | {percent(test)} |" for name, (val, test) in zip(GROUPS, cells, strict=True)]
+    cells = [(score(row, f"fitted_{name}"), row.get(f"m.test.fitted_{name}")) for name in SCORES]
+    table = [f"| {name} | {percent(val)} | {percent(test)} |" for name, (val, test) in zip(SCORES, cells, strict=True)]
     params = [f"- {key[2:]}: {value}" for key, value in row.items() if key[:2] == "p." and value is not None]
     return f"""# {info["study"]}, trial {row["trial"]}
 
@@ -53,7 +52,7 @@ def of_ensemble(
 
     note: its ensemble.json; rows: of the trials table, one for each member; price: `rayltr.shipping.price`.
     """
-    validation = [f"| {name} | {percent(note['validation'].get(name))} |" for name in GROUPS]
+    validation = [f"| {name} | {percent(note['validation'].get(name))} |" for name in SCORES]
     members = [
         f"| {entry['folder']} | {backbone(row)} | {entry['tau']:.1f} | {entry['temperature']:.2f} "
         f"| {told(entry['weight'])} |"

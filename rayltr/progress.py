@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from rayltr.choice import score
+from rayltr.choice import SCORES, score
 
-GROUPS = ("balanced", "many", "medium", "few")
 QUIET_S = 15.0
 """Without a terminal, a trial's progress is printed at most this often."""
 
@@ -71,7 +70,7 @@ class Progress:
     def _table(self) -> Table:
         title = f"{len(self.rows)} of {self.left} trials, {time.monotonic() - self.began:.0f} s"
         table = Table(title=title, box=None, header_style="bold")
-        for name in ("trial", "balanced", "many", "medium", "few", "NLL", "what"):
+        for name in ("trial", *SCORES, "NLL", "what"):
             table.add_column(name, justify="left" if name in ("trial", "what") else "right", no_wrap=name != "what")
         for row in self.rows[-25:]:
             table.add_row(row["trial"], *cells(row), described(row))
@@ -91,7 +90,7 @@ def stood(record: Mapping[str, Any]) -> str:
 
 def cells(row: Mapping[str, Any]) -> list[str]:
     """Balanced, many, medium, few (percent, at fitted tau) and NLL of a finished trial, as text."""
-    shares = [100 * score(row, f"fitted_{name}") for name in GROUPS]
+    shares = [100 * score(row, f"fitted_{name}") for name in SCORES]
     return [*("-" if share != share else f"{share:.1f}" for share in shares), f"{score(row, 'fitted_nll'):.3f}"]
 
 
@@ -111,7 +110,7 @@ def by_head(split: str, scores: Mapping[str, float]) -> list[str]:
     lines = []
     for head in sorted(heads):
         name = f"  {head[:-1]}" if head else split
-        groups = (f"{group} {100 * scores[f'{head}fitted_{group}']:.1f}" for group in GROUPS)
+        groups = (f"{group} {100 * scores[f'{head}fitted_{group}']:.1f}" for group in SCORES)
         raw = f"uncorrected: balanced {100 * scores[f'{head}balanced']:.1f}"
         lines.append(f"{name}: {', '.join(groups)}; {raw}")
     return lines

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 from pyarrow import fs
 
-from rayltr.files import filesystem, save
+from rayltr.files import filesystem, read, save
 
 SCHEMA = 1
 """Version of the layout of a run folder."""
@@ -148,10 +148,8 @@ def write_note(folder: str | os.PathLike, kind: str, trial: str, found: Mapping[
 
 def read_note(folder: str | os.PathLike, kind: str, trial: str) -> dict[str, Any] | None:
     """The same, read; None where there is nothing that can be read."""
-    system, place = filesystem(within(folder, f"{kind}/{trial}.json"))
     try:
-        with system.open_input_stream(place) as stream:
-            return json.loads(stream.read())
+        return json.loads(read(within(folder, f"{kind}/{trial}.json")))
     except (OSError, ValueError):
         return None
 

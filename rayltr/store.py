@@ -8,7 +8,6 @@ of go at the next write.  Nothing is ever unpickled.
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 
 from rayltr.claims import Claim, take
-from rayltr.files import filesystem, put
+from rayltr.files import checksum, filesystem, put
 from rayltr.interface import State
 from rayltr.parallel import share
 from rayltr.spec import Stage, dump, end, line, start
@@ -174,7 +173,3 @@ class Store:
         """The claim on a stage's line, or None while another living process holds it."""
         self.files.create_dir(f"{self.root}/{line(stage)}", recursive=True)
         return take(self.files, f"{self.root}/{line(stage)}/claim")
-
-
-def checksum(body: bytes) -> str:
-    return hashlib.blake2b(body, digest_size=20).hexdigest()

@@ -14,12 +14,10 @@ from analysis import ablations, fidelity
 from analysis.evidence import Evidence
 from analysis.load import Run, load
 from analysis.pareto import front
-from analysis.tables import gained
 from rayltr import records
-from rayltr.choice import WHOLE, ablated, best, finalist, score
+from rayltr.choice import SCORES, WHOLE, ablated, best, finalist, score
 from rayltr.progress import Progress, described
 
-HEADS = ("balanced", "many", "medium", "few")
 SHOWN = 8
 
 
@@ -75,9 +73,9 @@ def agreed(rung: fidelity.Agreement) -> str:
 
 def table(chosen: Mapping[str, Mapping[str, Any]]) -> str:
     """The best configurations; accuracies in percent at fitted tau, validation and (test)."""
-    lines = ["best by     trial" + "".join(f"{head:>15}" for head in HEADS) + "   % on validation (test)"]
+    lines = ["best by     trial" + "".join(f"{head:>15}" for head in SCORES) + "   % on validation (test)"]
     for name, row in chosen.items():
-        both = [(score(row, f"fitted_{head}"), row.get(f"m.test.fitted_{head}")) for head in HEADS]
+        both = [(score(row, f"fitted_{head}"), row.get(f"m.test.fitted_{head}")) for head in SCORES]
         cells = [f"{percent(val)} ({percent(test)})" for val, test in both]
         lines.append(f"{name:12}{row['trial']}" + "".join(f"{cell:>15}" for cell in cells))
     recipes = {row["trial"]: described(row) for row in chosen.values()}
@@ -103,10 +101,10 @@ def finalists_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def ablation_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """What the winner loses with each of its choices set back, in points, on the same seed; "" without an ablation."""
     done = {row["trial"]: row for row in rows if row["state"] == "complete"}
-    names, tables = [f"fitted_{head}" for head in HEADS], []
+    names, tables = [f"fitted_{head}" for head in SCORES], []
     for whole in (row for row in done.values() if ablated(row) == WHOLE):
         origin = whole["trial"].removesuffix(f"-{WHOLE}")
-        head = f"{f'{origin} without':34}" + "".join(f"{name:>10}" for name in HEADS)
+        head = f"{f'{origin} without':34}" + "".join(f"{name:>10}" for name in SCORES)
         lines = [f"{head}   % of it whole, and change in points", f"{WHOLE:34}{cells(whole, names, '10.1f')}"]
         for row in (row for row in done.values() if row["trial"].startswith(f"{origin}-") and row is not whole):
             name = ablated(row)
@@ -119,8 +117,8 @@ def ablation_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def spare(run: Run) -> str:
     """Which choices the winner of an ablation is better without, by the 95 % interval over the images; "" for none."""
     winner, parts = ablations.parts(Evidence(run))
-    said = [f"{own.name} ({gained(own.changes['balanced']).text} points)" for own in parts if own.spare]
-    return f"{winner} is better without {', '.join(said)}" if said else ""
+    said = ablations.spare(parts)
+    return f"{winner} is better without {said}" if said else ""
 
 
 def cells(row: Mapping[str, Any], names: Sequence[str], form: str, other: Mapping[str, Any] | None = None) -> str:

@@ -115,7 +115,7 @@ def epochs(
     if hasattr(optimiser, "guard"):
         optimiser.guard(model)
     if first < end(stage) or not stage.epochs:
-        prepared(module, stage, data.train, device, most)
+        prepared(module, stage, read, most)
     for epoch in range(first, end(stage)):
         began, done = lane.clock(), 0
         sums: dict[str, Tensor | float] = {}
@@ -165,15 +165,16 @@ def mixed(batch: Batch, mix: tuple[Tensor, Tensor, Tensor]) -> Batch:
     return Batch(views, batch.target[::k], batch.rows[::k], other, weight, getattr(mix, "partner", None))
 
 
-def prepared(module: nn.Module, stage: Stage, split: Split, device: torch.device, most: int | None = None) -> None:
+def prepared(module: nn.Module, stage: Stage, read: Reader, most: int | None = None) -> None:
     """Shows the training images to a method that has `prepare`, each worker a share of them or what it wants.
 
     They are raw, or what the first view makes of them if the method is `augmented`.
     """
     if hasattr(module, "prepare"):
+        split, device = read.split, read.device
         wanted = getattr(module, "wanted", lambda size, batch: torch.arange(rank(), size, world()).split(batch))
         parts = wanted(len(split), stage.batch)[:most]
-        loaded = zip(parts, Reader(split, device)([rows.numpy() for rows in parts]), strict=True)
+        loaded = zip(parts, read([rows.numpy() for rows in parts]), strict=True)
         target = torch.as_tensor(split.target).to(device)
         seen = ((moved(rows, device), pixels(images, device), target[rows]) for rows, images in loaded)
         if getattr(module, "augmented", False):

@@ -59,8 +59,8 @@ def test_validation_images_without_their_classes_weigh_the_experts(runs, capsys)
             assert own == pytest.approx(expected, abs=0.02)
     shown = ", ".join(f"{head} {weight:.2f}" for head, weight in found["weights"].items())
     assert lines[0] == f"weights: {shown} (of {len(val.target)} images: validation)"
-    assert lines[2].split()[2:] == [f"{100 * found['before'][name]:.1f}" for name in adapt.SHOWN]
-    assert lines[5].split()[2:] == [f"{100 * found['after']['fitted_' + name]:.1f}" for name in adapt.SHOWN]
+    assert lines[2].split()[2:] == [f"{100 * found['before'][name]:.1f}" for name in adapt.SCORES]
+    assert lines[5].split()[2:] == [f"{100 * found['after']['fitted_' + name]:.1f}" for name in adapt.SCORES]
     assert records.read_run(run)["openings"] == openings
     assert learnt(run, capsys, "--epochs", "2")[0] == found, "it learns the same again"
     assert learnt(run, capsys, "--steps", "1")[0]["weights"] != found["weights"]

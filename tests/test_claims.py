@@ -50,6 +50,16 @@ def test_a_process_does_not_outlive_the_one_that_started_it():
         raise AssertionError("it is still there")
 
 
+@LINUX
+def test_a_process_whose_starter_was_gone_before_it_looked_ends_as_well():
+    """Its parent is the machine's first process by then, which stays."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    child = [sys.executable, "-c", CHILD]
+    late = subprocess.run(child, env={**os.environ, "RAY_RAYLET_PID": str(gone.pid)}, stdout=subprocess.DEVNULL)
+    assert late.returncode == 1, "it does not wait its minute"
+
+
 def test_trials_are_told_to_stop_by_a_file_of_their_run(tmp_path):
     assert not told_to_stop(str(tmp_path))
     go_on(str(tmp_path))
@@ -72,6 +82,14 @@ def of_parent(**changes):
 def test_a_living_process_of_this_machine_holds_its_claim_however_long_it_was_silent():
     assert alive(of_parent(time=0))
     assert alive({"owner": "x", "host": socket.gethostname(), "pid": os.getppid(), "time": 0}), "nothing else is known"
+
+
+@LINUX
+def test_a_process_that_has_ended_holds_nothing_though_nobody_has_fetched_its_result():
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert not alive(of_parent(pid=child.pid, began=claims.began(child.pid)))
+    child.wait()
 
 
 @LINUX

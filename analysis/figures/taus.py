@@ -6,14 +6,14 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from analysis.evidence import Evidence
+from analysis.evidence import SCORES, Evidence
 from analysis.figures import draw
 from analysis.figures.draw import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, Figure, Key
 from analysis.load import Trial
 from analysis.pareto import hypervolume
 from analysis.tables import Cell, Table, number, percent, points, text
 from analysis.taunorm import POWERS, Normed
-from rayltr.metrics import GROUPS, TAUS
+from rayltr.metrics import TAUS
 
 Floats = NDArray[np.float64]
 
@@ -101,9 +101,9 @@ def corrections(evidence: Evidence) -> Table:
                                                ("tau-norm", scores, normed, own.scores, POWERS)):  # fmt: skip
             peak = int(curve["balanced"].argmax())
             rows.append([text(f"{kind} {trial.id}"), text(name), number(best[0], ".1f"), number(best[1], ".3g"),
-                         number(best[2], ".3f"), *(percent(found[score]) for score in ("balanced", *GROUPS)),
+                         number(best[2], ".3f"), *(percent(found[score]) for score in SCORES),
                          percent(curve["balanced"][peak]), number(grid[peak], ".1f")])  # fmt: skip
-    columns = ["trial", "correction", "τ or t", "temperature", "NLL", "balanced %", *(f"{name} %" for name in GROUPS)]
+    columns = ["trial", "correction", "τ or t", "temperature", "NLL", *(f"{name} %" for name in SCORES)]
     return Table([*columns, "peak %", "at"], rows)
 
 
@@ -111,13 +111,11 @@ def normed(evidence: Evidence) -> Table:
     """All scores of tau-norm at every power."""
     rows = [
         [text(own.trial), number(power, ".1f"), number(own.temperature[k], ".3g"), number(own.nll[k], ".3f"),
-         *(percent(own.scores[name][k]) for name in ("accuracy", "balanced", *GROUPS))]
+         *(percent(own.scores[name][k]) for name in ("accuracy", *SCORES))]
         for own in evidence.normed[0].values()
         for k, power in enumerate(POWERS)
     ]  # fmt: skip
-    return Table(
-        ["trial", "power", "temperature", "NLL", "accuracy %", "balanced %", *(f"{name} %" for name in GROUPS)], rows
-    )
+    return Table(["trial", "power", "temperature", "NLL", "accuracy %", *(f"{name} %" for name in SCORES)], rows)
 
 
 def _lesson(whole: Floats, plain: Floats | None) -> str:

@@ -8,7 +8,7 @@ from analysis.evidence import Evidence
 from analysis.figures import ablated, parallel, tricks
 from analysis.figures.draw import Figure
 from analysis.page import Block, Missing, Note, Section, blocks
-from analysis.tables import counted, gained
+from analysis.tables import counted
 from rayltr.metrics import GROUPS
 
 TITLE = "What mattered"
@@ -50,8 +50,8 @@ def ablation(evidence: Evidence) -> list[Block]:
     name, parts = ablations.parts(evidence)
     if not parts:
         return []
-    spare = [f"{part.name} ({gained(part.changes['balanced']).text} points)" for part in parts if part.spare]
-    note = Note(f"Better without: {', '.join(spare)}. On this seed the recipe is more often right with that set back, "
+    spare = ablations.spare(parts)
+    note = Note(f"Better without: {spare}. On this seed the recipe is more often right with that set back, "
                 "by the whole 95 % interval.")  # fmt: skip
     return blocks(ablated.ablation(name, parts, evidence.paired), note if spare else None)
 
