@@ -13,6 +13,7 @@ from torch import distributed, nn
 from torch.nn import functional as F
 
 from rayltr import build, catalogue, command, recipe, records
+from rayltr.ahead import Reader
 from rayltr.backbones import Pooled
 from rayltr.data import load
 from rayltr.interface import Batch, Facts, Resources
@@ -105,7 +106,7 @@ def shown(module, data, batch):
     """The rows that the loop shows to `prepare`, batch by batch."""
     seen, fill = [], module.classes.fill
     module.classes.fill = lambda classes, features: seen.append(classes) or fill(classes, features)
-    prepared(module, tiny(batch=batch, **SMALL), data.train, torch.device("cpu"))
+    prepared(module, tiny(batch=batch, **SMALL), Reader(data.train, torch.device("cpu")))
     return seen
 
 
@@ -137,7 +138,7 @@ def priors(view, **keywords):
     data, stage = load(tiny().source), tiny(views=(view,), method=fn("million", out=6, **keywords))
     facts = Facts(data.classes, data.counts, data.mean, data.std, data.size)
     module = build.method(catalogue.complete(stage), facts)
-    prepared(module, stage, data.train, torch.device("cpu"))
+    prepared(module, stage, Reader(data.train, torch.device("cpu")))
     return module.classes.weight
 
 
