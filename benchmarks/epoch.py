@@ -16,8 +16,9 @@ from torch import nn
 
 from benchmarks import usual
 from rayltr import build
+from rayltr.compiled import Compiled
 from rayltr.data import Data, load
-from rayltr.interface import Resources
+from rayltr.interface import ALONE, Resources
 from rayltr.spec import Stage, fn
 from rayltr.train import facts, train
 
@@ -32,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch", type=int, default=128, help="default: 128")
     made.add_argument("--workers", type=int, default=2, help="of the usual loader (default: 2)")
     made.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    made.add_argument("--compile", action="store_true", help="compile the network of rayltr (see `rayltr.compiled`)")
     made.add_argument("--device", help="cpu or cuda; default: what there is")
     return made
 
@@ -68,7 +70,8 @@ def network(stage: Stage, data: Data) -> nn.Module:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    resources = Resources(device=options.device, threads=options.threads)
+    lane = Compiled() if options.compile else ALONE
+    resources = Resources(device=options.device, threads=options.threads, lane=lane)
     device = resources.place()
     stage = Stage(
         source=fn("synthetic", classes=CLASSES, per_class=options.images, size=32, ratio=1.0),
@@ -86,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ratio, floor = median(b / a for a, b in runs), FLOOR[device.type]
     print(f"ResNet-32, {len(data.train)} images of 32 x 32, batch {options.batch}, {device}, {options.threads} threads")
     print(f"usual loop, {options.workers} workers, fp32{slow:10.0f} images/s")
-    print(f"rayltr, bf16{'':18}{fast:10.0f} images/s   {ratio:5.2f} times (floor {floor})")
+    own = "rayltr, bf16" + ", compiled" * options.compile
+    print(f"{own:30}{fast:10.0f} images/s   {ratio:5.2f} times (floor {floor})")
     return int(ratio < floor)
 
 

@@ -46,6 +46,7 @@ class Settings:
     ablate: bool = False
     workers: int = 1
     stack: int = 1
+    compile: bool = False
     cpus: int = 1
     gpus: float = 0.0
     concurrent: int = 0

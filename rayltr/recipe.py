@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
         help="CPU threads (default: as torch chooses; for a trial "
         "of a run, as many as there, because sums depend on it)",
     )
+    group.add_argument("--compile", action="store_true", help="compile the networks before they are trained")
     group.add_argument("--storage", default="runs", metavar="PATH", help="folder of the runs (default ./runs)")
     group.add_argument("--name", metavar="RUN", help="name of the run (default: from recipe and address)")
     return made
@@ -190,7 +191,8 @@ def trained(run: Path, name: str, stage: Stage, params: dict[str, Any], options:
     """Trains the chain, opens the test split once, and leaves records and report."""
     trial = import_module("rayltr.trial")  # torch, only now that everything is known to be possible
     began = datetime.now(UTC)
-    resources = trial.Resources(device=options.device, threads=options.threads)
+    lane = trial.Compiled() if options.compile else trial.ALONE
+    resources = trial.Resources(device=options.device, threads=options.threads, lane=lane)
     work = trial.Trial(stage, trial.Store(run / "store"), resources=resources, report=Lines())
     try:
         found = work.run()

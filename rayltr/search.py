@@ -75,6 +75,8 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--workers", type=int, default=1, metavar="W", help="processes per trial, by Ray Train")
     group.add_argument("--stack", type=int, default=1, metavar="K",
                        help="train up to K trials as one, for small networks on a GPU (default 1)")  # fmt: skip
+    group.add_argument("--compile", action="store_true",
+                       help="compile networks before they are trained, for trials of many minutes")  # fmt: skip
     group.add_argument("--address", metavar="auto|HOST:PORT", help="an existing Ray cluster (default: this machine)")
     group.add_argument("--no-dashboard", action="store_true", help="start without Ray's dashboard")
     group.add_argument("--snapshot-seconds", type=float, default=10.0, metavar="S", help="what a crash may cost")
@@ -151,6 +153,8 @@ def asked(options: argparse.Namespace) -> tuple[Study, Plan]:
         raise ValueError("the workers of a trial need a whole GPU each: --gpus-per-trial 1, or one worker per trial")
     if options.stack > 1 and options.workers > 1:
         raise ValueError("--stack trains several trials in one process, --workers one trial in several; choose one")
+    if options.stack > 1 and options.compile:
+        raise ValueError("--stack trains networks of several trials as one, --compile those of one; choose one")
     return study, plan
 
 
@@ -257,7 +261,7 @@ def searched(run: Path, new: bool, options: Any, plan: Plan, aims: tuple[str, ..
         run=str(run), plan=plan, trials=options.trials, objectives=aims, sampler=options.sampler,
         fidelity=options.fidelity, start=presets(options), warm=tuple(options.warm_start),
         ahead=AHEAD * options.prefer_stored, finalists=options.finalists, ablate=options.ablate,
-        workers=options.workers, stack=options.stack, cpus=options.cpus_per_trial,
+        workers=options.workers, stack=options.stack, compile=options.compile, cpus=options.cpus_per_trial,
         gpus={None: -1.0, "auto": PROBE}.get(options.gpus_per_trial, options.gpus_per_trial),
         concurrent=options.concurrent, address=options.address, dashboard=not options.no_dashboard,
         snapshot_s=options.snapshot_seconds,

@@ -14,6 +14,7 @@ import numpy as np
 from rayltr.build import weights
 from rayltr.catalogue import complete
 from rayltr.claims import end_with_parent, told_to_stop
+from rayltr.compiled import Compiled
 from rayltr.data import Data, Split, load
 from rayltr.evaluate import evaluate, tested
 from rayltr.interface import ALONE, Lane, Resources, State
@@ -256,7 +257,9 @@ def for_search(
     found = Trial(
         settings.plan.stage(find(settings.plan.study), params),
         store,
-        resources=Resources(threads=settings.cpus, snapshot_s=settings.snapshot_s, lane=lane),
+        resources=Resources(
+            threads=settings.cpus, snapshot_s=settings.snapshot_s, lane=Compiled() if settings.compile else lane
+        ),
         report=report,
         name=name,
         leave=lambda: told_to_stop(settings.run),

@@ -165,6 +165,7 @@ SYNTHETIC = ("bag_of_tricks", "--data", "synthetic")
         (["bag_of_tricks", "--warm-start", "nowhere"], "nowhere"),
         (["bag_of_tricks", "--workers", "2", "--gpus-per-trial", "0.5"], "need a whole GPU each"),
         (["bag_of_tricks", "--workers", "2", "--stack", "2"], "choose one"),
+        (["bag_of_tricks", "--stack", "2", "--compile"], "choose one"),
     ],
 )
 def test_bad_arguments(refused, tmp_path, words, message):

@@ -17,7 +17,7 @@ LAYERS = [
     {"rayltr.transformers"},
     {"rayltr.objectives", "rayltr.studies", "rayltr.progress", "rayltr.agenda", "rayltr.boards", "rayltr.machines"},
     AXES,
-    {"rayltr.sharded", "rayltr.hardest", "rayltr.ablation", "rayltr.ahead", "rayltr.stacked"},
+    {"rayltr.sharded", "rayltr.hardest", "rayltr.ablation", "rayltr.ahead", "rayltr.stacked", "rayltr.compiled"},
     {"rayltr.command", "rayltr.methods", "rayltr.model_card"},
     {"rayltr.build"},
     {"rayltr.train", "rayltr.evaluate", "rayltr.store"},
@@ -45,7 +45,7 @@ ONLY = {
     "plotly": {"analysis"},
     "torch": AXES - {"rayltr.data"} | {f"rayltr.{name}" for name in (
         "interface", "methods", "build", "train", "rehearsal", "store", "folding", "shipping", "ensemble",
-        "cluster", "sharded", "hardest", "ahead", "stacked", "transformers", "inspect", "adapt")},
+        "cluster", "sharded", "hardest", "ahead", "stacked", "compiled", "transformers", "inspect", "adapt")},
 }  # fmt: skip
 
 
