@@ -41,11 +41,11 @@ class Reader:
     """Reads parts of a split, again and again: the same images whoever decodes them.
 
     A process per CPU of a trial does if it has several and the images are many, else a thread.  Processes start when
-    they are first needed and end with the reader.
+    they are first needed and end with the reader.  members: readers that share the CPUs.
     """
 
-    def __init__(self, split: Split, device: torch.device):
-        self.split, self.device = split, device
+    def __init__(self, split: Split, device: torch.device, members: int = 1):
+        self.split, self.device, self.members = split, device, members
         self.parts: list[np.ndarray] = []
         self.loader: DataLoader | None = None
 
@@ -57,7 +57,7 @@ class Reader:
         images = self.split.images
         if not isinstance(images, Lazy):
             return map(self._take, parts)
-        if self.loader is None and (count := processes(images.size, parts)):
+        if self.loader is None and (count := processes(images.size, parts, self.members)):
             self.loader = self._by_processes(images, count)
         return self._by_a_thread(parts) if self.loader is None else self._loaded(self.loader, parts)
 
@@ -108,12 +108,12 @@ def sound(images: Tensor | Exception) -> Tensor:
         del images  # else the error holds itself through its traceback, and with it the processes
 
 
-def processes(size: tuple[int, int], parts: Sequence[np.ndarray]) -> int:
-    """How many processes decode images of `size` (H, W); none where one thread does better.
+def processes(size: tuple[int, int], parts: Sequence[np.ndarray], members: int = 1) -> int:
+    """How many processes decode images of `size` (H, W) for one of `members`; none where one thread does better.
 
     They hand images over in shared memory, of which a container may have too little.
     """
-    count = min(torch.get_num_threads(), cpus(), MOST)
+    count = min(torch.get_num_threads(), cpus(), MOST) // members
     longest = max(map(len, parts), default=0)
     needed = 3 * size[0] * size[1] * longest * (count * EACH + 1)
     fits = not SHARED.is_dir() or shutil.disk_usage(SHARED).free > needed

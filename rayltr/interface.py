@@ -91,6 +91,9 @@ class State:
 class Lane:
     """How a training run shares its process with others: this one has it to itself (see `rayltr.stacked`)."""
 
+    members = 1
+    """The runs that share the process."""
+
     def training(self, module: nn.Module, built: Hashable) -> AbstractContextManager:
         """Around the epochs of a stage.  built: what says how the module's backbone was made."""
         return nullcontext()

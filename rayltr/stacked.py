@@ -80,8 +80,9 @@ class Beside(Lane):
     images: Tensor
     leaf: Tensor
 
-    def __init__(self, shared: "Shared"):
+    def __init__(self, shared: "Shared", members: int):
         self.shared, self.go, self.ready, self.random = shared, threading.Semaphore(0), True, random_state()
+        self.members = members
         self.asks: tuple[Hashable, Callable[[list[Beside]], None]] | None = None
         self.error: Exception | None = None
         self.spent, self.since = 0.0, 0.0
@@ -159,7 +160,7 @@ class Shared:
     """Whose turn it is, and what is done at once when nobody can go on alone."""
 
     def __init__(self, lanes: int):
-        self.lanes = [Beside(self) for _ in range(lanes)]
+        self.lanes = [Beside(self, lanes) for _ in range(lanes)]
         self.lock, self.busy = threading.Lock(), True
         self.networks: dict[Hashable, Network] = {}
 

@@ -111,7 +111,7 @@ def epochs(
     schedule = build.function("schedule", stage.schedule)
     horizon = stage.horizon or end(stage)
     counts, targets = torch.as_tensor(data.counts), torch.as_tensor(data.train.target)
-    model, read = together(module) if first < end(stage) else module, Reader(data.train, device)
+    model, read = together(module) if first < end(stage) else module, Reader(data.train, device, lane.members)
     if hasattr(optimiser, "guard"):
         optimiser.guard(model)
     if first < end(stage) or not stage.epochs:

@@ -125,3 +125,11 @@ def test_processes_decode_where_that_pays_and_there_is_room(monkeypatch, tmp_pat
     monkeypatch.setattr(ahead, "SHARED", tmp_path)
     monkeypatch.setattr(ahead.shutil, "disk_usage", lambda place: Usage(free))
     assert processes((64, 64), [np.arange(500)] * (images // 500)) == found
+
+
+@pytest.mark.parametrize(("members", "found"), [(1, 8), (3, 2), (4, 2), (8, 0)])
+def test_trials_that_share_a_process_share_its_cpus(monkeypatch, tmp_path, members, found):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(ahead, "cpus", lambda: 8)
+    monkeypatch.setattr(ahead, "SHARED", tmp_path / "none")
+    assert processes((64, 64), [np.arange(500)] * 6, members) == found

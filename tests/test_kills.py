@@ -161,6 +161,24 @@ def test_a_killed_worker_is_replaced_and_the_trial_goes_on(tmp_path):
 
 
 @pytest.mark.slow
+def test_trials_of_a_killed_process_are_run_again_one_by_one(tmp_path):
+    """Three plain ones, which were trained as one."""
+    path = study(tmp_path)
+    path.write_text(path.read_text() + "\nspace = control\n")
+    more = ("--concurrent", "1", "--stack", "3", "--snapshot-seconds", "0")
+    search = Search(path, tmp_path / "runs", *more, epochs=120)
+    search.start()
+    wait(lambda: len(list(search.run.glob("store/*/*.snapshot.json"))) == 3)
+    (process,) = processes(search, "ray::ImplicitFunc.train")
+    process.kill()
+    assert search.ended() == 0
+    assert search.said().count("is run again, alone: the process of the trial died") == 3
+    rows = search.rows()
+    assert all(row["again"] and row["epochs_resumed"] > 0 for row in rows.values())
+    each_epoch_once(search, 120)
+
+
+@pytest.mark.slow
 def test_a_lost_machine_costs_its_trial_nothing_but_time(tmp_path):
     """A cluster that grows from none: two machines come, and one goes while a trial runs there."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "resources": {DRIVER: 10}})
