@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis import estimates
-from analysis.criterion import NLL
 from analysis.ensembles import Ensembles
 from analysis.estimates import Estimate
 from analysis.evidence import SCORES, Evidence, Floats
 from analysis.load import Trial
 from analysis.tables import anything, duration, percent, thousands
+from rayltr.choice import NLL
 
 LOSS = 0.02
 """Head accuracy that may be given up for the tail, as a fraction."""
@@ -59,6 +59,7 @@ class Claim:
 class Card:
     """A model that may be shipped.  scores: with their intervals, of no width where nothing is known of them.
 
+    how: where the scores are from, "as measured", "fresh seeds" or "cross-fitted".
     beyond: what it has more than `than`.  facts: cost and the like, by name.  test: scores on the test split.
     """
 
@@ -69,6 +70,7 @@ class Card:
     facts: dict[str, str]
     params: dict[str, str]
     command: str
+    how: str = "as measured"
     than: str = "the control"
     test: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -92,12 +94,12 @@ def cards(evidence: Evidence, ensembles: Ensembles | None = None, most: float | 
 def questions(evidence: Evidence, most: float | None = None) -> list[tuple[str, str, Choose, NDArray[np.bool_]]]:
     """(question, score, how to choose, the trials that may be by their measured scores).
 
-    The control is the measure, or the best trial without one.  The best is what `Criterion.of` the score says; what a
+    The control is the measure, or the best trial without one.  The best is what decides by the score; what a
     question demands besides is in accuracies.
     """
     if evidence.best is None:
         return []
-    balanced, many, few = map(evidence.criterion.of, ("balanced", "many", "few"))
+    balanced, many, few = map(evidence.deciding, ("balanced", "many", "few"))
     everyone = np.ones(len(evidence.trials), bool)
     at = evidence.best if evidence.control is None else evidence.control
     than = "the best balanced model" if evidence.control is None else "the control"
@@ -135,7 +137,7 @@ def _most(score: Floats, allowed: NDArray[np.bool_]) -> int | None:
 
 def _cheapest(evidence: Evidence) -> Choose:
     """The cheapest of those that are within the noise of the best on balance (1.96 paired deviations)."""
-    name, costs = evidence.criterion.of("balanced"), evidence.costs
+    name, costs = evidence.deciding("balanced"), evidence.costs
     spread = evidence.spread(name)
 
     def choose(scores: Mapping[str, Floats]) -> int | None:
@@ -151,16 +153,16 @@ def _cheapest(evidence: Evidence) -> Choose:
 
 def _claim(evidence: Evidence, question: str, score: str, choose: Choose, i: int, allowed: NDArray[np.bool_]) -> Claim:
     """allowed: the trials that the question may choose, by their measured scores."""
-    by, raw = evidence.criterion, float(evidence.points[score][i])
+    by, raw = evidence.run.criterion.by, float(evidence.points[score][i])
     if not evidence.paired:
-        return Claim(question, score, by.by, raw)
+        return Claim(question, score, by, raw)
     fresh = evidence.estimate(i, score) if i in evidence.fresh else None
     if question == CHEAPEST:  # it is the one that others are told to be as good as
-        return Claim(question, score, by.by, raw, _corrected(evidence, choose, score), fresh)
-    alike = estimates.equivalents(evidence.samples[by.of(score)], i) & allowed
+        return Claim(question, score, by, raw, _corrected(evidence, choose, score), fresh)
+    alike = estimates.equivalents(evidence.samples[evidence.deciding(score)], i) & allowed
     cheapest = np.where(alike, evidence.costs, np.inf).argmin()
     told = evidence.trials[int(cheapest)].id if np.isfinite(evidence.costs[cheapest]) and cheapest != i else ""
-    return Claim(question, score, by.by, raw, _corrected(evidence, choose, score), fresh, int(alike.sum()) - 1, told)
+    return Claim(question, score, by, raw, _corrected(evidence, choose, score), fresh, int(alike.sum()) - 1, told)
 
 
 def _corrected(evidence: Evidence, choose: Choose, score: str) -> Estimate | None:
@@ -193,6 +195,7 @@ def _card(evidence: Evidence, i: int, claims: list[Claim]) -> Card:
         facts=facts | ({"Fresh seeds": str(len(again))} if again else {}),
         params={name: anything(value).text for name, value in trial.params.items()},
         command=export(trial),
+        how="fresh seeds" if again else "as measured",
         test=averaged([one.test for one in again]) or trial.test,
         notes=[note for claim in claims if (note := told_apart(claim))],
     )
@@ -231,23 +234,28 @@ def ensemble_card(evidence: Evidence, found: Ensembles) -> Card:
         f"{sharper.value:.3f}, 95 % interval {sharper.low:.3f} to {sharper.high:.3f}). "
         f"Members: {', '.join(own.members)}."
     )
-    ahead = [rival for rival in found.baselines if rival.out_balanced.value > own.out_balanced.value]
+    ahead = [rival for rival in found.baselines if rival.balanced.value > own.balanced.value]
     if ahead:
-        rival = max(ahead, key=lambda score: score.out_balanced.value)
+        rival = max(ahead, key=lambda score: score.balanced.value)
         note += (
             f" The NLL chose it: it counts confidence, too. On balanced accuracy alone, {rival.name} reaches "
-            f"{percent(rival.out_balanced.value).text} %."
+            f"{percent(rival.balanced.value).text} %."
         )
+    whole = ", ".join(f"{name} {percent(own.whole[name]).text}" for name in SCORES)
+    promised = f"On the validation images that chose it, as an export reproduces them, its scores are {whole} %."
     return Card(
         name=" + ".join(own.members),
-        claims=[Claim("Best ensemble", "balanced", NLL, own.balanced, own.out_balanced)],
-        scores={
-            name: Estimate(value, value, value) for name, value in {"balanced": own.balanced, **own.groups}.items()
-        },
+        claims=[Claim("Best ensemble", "balanced", NLL, own.whole["balanced"], own.balanced)],
+        scores={"balanced": own.balanced, **own.groups},
         beyond={"balanced": gain, **own.gain_groups},
-        facts={"Members": str(own.passes), "Training": duration(own.cost).text, "Per image": f"{own.passes} networks"},
+        facts={
+            "Members": str(len(own.members)),
+            "Training": duration(own.cost).text,
+            "Per image": f"{own.passes} networks",
+        },
         params={},
         command=f"python -m rayltr.export {shlex.quote(evidence.run.folder)} --ensemble --out export-ensemble",
+        how="cross-fitted",
         than="the best single model",
-        notes=[note],
+        notes=[note, promised],
     )

@@ -24,21 +24,20 @@ Part = tuple[Indices, Indices]
 class Score:
     """What is known of one way to predict.
 
-    nll, balanced, groups: on all validation items.  out_nll, out_balanced: cross-fitted.  gain_nll, gain_balanced,
-    gain_groups: cross-fitted gain over the best single expert; positive is better.  passes: networks that an image
-    goes through; cost: seconds of training them all.
+    nll, balanced, groups: cross-fitted, as are gain_nll, gain_balanced and gain_groups, the gain over the best single
+    expert; positive is better.  whole: the same scores by name on all validation items, which chose it; an export
+    reproduces them.  passes: networks that an image goes through; cost: seconds of training them all.
     """
 
     name: str
     members: tuple[str, ...]
-    nll: float
-    balanced: float
-    groups: dict[str, float]
-    out_nll: Estimate
-    out_balanced: Estimate
+    nll: Estimate
+    balanced: Estimate
+    groups: dict[str, Estimate]
     gain_nll: Estimate
     gain_balanced: Estimate
     gain_groups: dict[str, Estimate]
+    whole: dict[str, float]
     passes: int
     cost: float
 
@@ -106,6 +105,10 @@ class Bench:
         terms = values[part] * weighted(target[part])
         return estimate(float(terms.sum()), self.draws[:, part] @ terms.astype(np.float32))
 
+    def grouped(self, values: Floats) -> dict[str, Estimate]:
+        """`estimate` over the classes of each group."""
+        return {group: self.estimate(values, classes) for group, classes in self.panel.groups.items()}
+
     def gain(self, one: Judged, over: Judged) -> Estimate:
         """The cross-fitted gain in class-balanced NLL."""
         return self.estimate(over.nll - one.nll)
@@ -121,14 +124,17 @@ class Bench:
         return Score(
             name=name,
             members=tuple(expert.name for expert in chosen),
-            nll=metrics.balanced_nll(z, panel.target, self.classes),
-            balanced=float(np.nanmean(per_class)),
-            groups=metrics.group_means(per_class, panel.groups),
-            out_nll=self.estimate(one.nll),
-            out_balanced=self.estimate(one.hits),
+            nll=self.estimate(one.nll),
+            balanced=self.estimate(one.hits),
+            groups=self.grouped(one.hits),
             gain_nll=self.gain(one, single),
             gain_balanced=self.estimate(more),
-            gain_groups={group: self.estimate(more, classes) for group, classes in panel.groups.items()},
+            gain_groups=self.grouped(more),
+            whole={
+                "nll": metrics.balanced_nll(z, panel.target, self.classes),
+                "balanced": float(np.nanmean(per_class)),
+                **metrics.group_means(per_class, panel.groups),
+            },
             passes=len(cost),
             cost=float(sum(cost.values())),
         )

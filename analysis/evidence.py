@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis import ensembles, estimates, pareto, resample
-from analysis.criterion import Criterion, criterion
 from analysis.ensembles import Ensembles
 from analysis.estimates import Estimate
 from analysis.load import Run, Trial
 from analysis.taunorm import Normed, normed
+from rayltr.choice import ACCURACY, NLL
 from rayltr.metrics import GROUPS
 
 Floats = NDArray[np.float64]
@@ -55,11 +55,8 @@ class Evidence:
 
     @cached_property
     def trials(self) -> list[Trial]:
-        """The trials to be compared, the best NLL first, so that it decides between equals."""
-        return self.run.measured or sorted(
-            (trial for trial in self.run.finished if np.isfinite(trial.val["fitted_balanced"])),
-            key=lambda trial: trial.val["fitted_nll"],
-        )
+        """The trials to be compared, best on balance first, so that this decides between equals."""
+        return self.run.measured or self.run.ranked
 
     @property
     def paired(self) -> bool:
@@ -79,20 +76,18 @@ class Evidence:
     def likelihood(self) -> NDArray[np.float32] | None:
         """The log-likelihoods of the images, [M, N], where they decide."""
         found = [trial.likelihood for trial in self.trials if trial.likelihood is not None]
-        return np.stack(found) if found else None
+        return np.stack(found) if self.run.criterion.by == NLL and self.paired else None
 
-    @cached_property
-    def criterion(self) -> Criterion:
-        """What decides which trial is best."""
-        return criterion(self.run.items.images if self.run.items and self.paired else None, self.run.groups)
+    def deciding(self, score: str) -> str:
+        """The name of what decides a choice by a score, among those of `points` and `samples`."""
+        return score if self.run.criterion.by == ACCURACY else f"{score}{resample.LIKELIHOOD}"
 
     @cached_property
     def points(self) -> Scores:
-        """The scores at the fitted tau, each [M]; with likelihoods where these decide."""
-        if self.paired:
-            found = resample.graded(self.hits, self.likelihood, self.target, self.run.groups)
-            return {name: values[0] for name, values in found.items()}
-        return {name: np.array([trial.val[f"fitted_{name}"] for trial in self.trials]) for name in SCORES}
+        """The scores at the fitted tau, each [M], and what decides; as recorded, so that every choice is the run's."""
+        merit, rows = self.run.criterion.merit, [trial.judged for trial in self.trials]
+        scores = {name: np.array([trial.val[f"fitted_{name}"] for trial in self.trials]) for name in SCORES}
+        return scores | {self.deciding(name): np.array([merit(row, name) for row in rows]) for name in SCORES}
 
     @cached_property
     def draws(self) -> NDArray[np.uint16]:
@@ -100,22 +95,18 @@ class Evidence:
 
     @cached_property
     def samples(self) -> Scores:
-        """The same in every draw, each [B, M]."""
+        """The same in every draw of the images, each [B, M]."""
         return resample.graded(self.hits, self.likelihood, self.target, self.run.groups, self.draws)
 
     @cached_property
     def control(self) -> int | None:
         """The best of the control arm, by what decides."""
-        return self._top([i for i, trial in enumerate(self.trials) if trial.control])
+        return next((i for i, trial in enumerate(self.trials) if trial.control), None)
 
     @cached_property
     def best(self) -> int | None:
         """The best of all on balance, by what decides."""
-        return self._top(list(range(len(self.trials))))
-
-    def _top(self, among: list[int]) -> int | None:
-        scores = self.points[self.criterion.of("balanced")][among]
-        return None if not len(scores) or np.isnan(scores).all() else among[int(np.nanargmax(scores))]
+        return 0 if self.trials else None
 
     @cached_property
     def costs(self) -> Floats:
@@ -141,8 +132,7 @@ class Evidence:
         missing: dict[str, list[str]] = {}
         for kind, trial in self.shown.items():
             try:
-                if own := normed(self.run, trial):
-                    found[kind] = own
+                found[kind] = normed(self.run, trial)
             except ValueError as error:
                 missing.setdefault(str(error), []).append(trial.id)
         return found, " ".join(f"No tau-norm of {' and '.join(ids)}: {why}." for why, ids in missing.items())

@@ -1,8 +1,9 @@
 """What short schedules are worth: how they rank recipes, what they dropped, and what the trainings cost."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -49,7 +50,7 @@ class Stopped:
     """What went no further than one length (`share` of the full one).
 
     trained, promoted: numbers of recipes that ended here, and of those that were then trained for longer.
-    dropped: trials that were not, best first by balanced accuracy at the fitted tau.  families: (trained, promoted).
+    dropped: trials that were not, best on balance first.  families: (trained, promoted).
     """
 
     share: float
@@ -152,24 +153,25 @@ def stopped(rows: Sequence[Row]) -> list[Stopped]:
 
     A family that is trained often and hardly ever promoted was killed by the short schedules, rightly or not.
     """
-    reached: dict[int, int] = {}
+    merit, reached = partial(choice.criterion(rows).merit, name="balanced"), dict[int, int]()
     for row in rows:
         reached[row["number"]] = max(choice.rung_of(row), reached.get(row["number"], 0))
     by_rung: dict[int, list[Row]] = {}
     for row in rows:
         if row["state"] == "pruned" or row["state"] == "complete" and not choice.whole(row):
             by_rung.setdefault(choice.rung_of(row), []).append(row)
-    return [_stopped(by_rung[rung], {n for n, last in reached.items() if last > rung}) for rung in sorted(by_rung)]
+    further = {rung: {n for n, last in reached.items() if last > rung} for rung in by_rung}
+    return [_stopped(by_rung[rung], further[rung], merit) for rung in sorted(by_rung)]
 
 
-def _stopped(rows: list[Row], further: set[int]) -> Stopped:
+def _stopped(rows: list[Row], further: set[int], merit: Callable[[Row], float]) -> Stopped:
     ended = {row["number"] for row in rows}
     dropped = [row for row in rows if row["number"] not in further]
     return Stopped(
         share=_length(rows),
         trained=len(ended),
         promoted=len(ended & further),
-        dropped=[row["trial"] for row in sorted(dropped, key=_worse)],
+        dropped=[row["trial"] for row in sorted(dropped, key=lambda row: _worse(merit(row)))],
         families={family: (len(own), len(own & further)) for family, own in families(rows).items()},
     )
 
@@ -257,10 +259,9 @@ def _seconds(row: Row) -> float:
     return _number(row.get("m.val.cost_s"), _number(row["wall_s"]) if alone else math.nan)
 
 
-def _worse(row: Row) -> float:
+def _worse(merit: float) -> float:
     """A sort key: the best first, those without a score last."""
-    score = choice.score(row, "fitted_balanced")
-    return math.inf if math.isnan(score) else -score
+    return math.inf if math.isnan(merit) else -merit
 
 
 def _number(value: float | None, otherwise: float = math.nan) -> float:

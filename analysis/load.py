@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis import reading
-from analysis.criterion import NLL, criterion
 from analysis.reading import Floats, Groups, Items
 from rayltr import choice, metrics, records
 
@@ -35,7 +34,7 @@ class Trial:
     the fitted tau.  packed: bits, whether an image is predicted right, at every tau; see `hits`.
     per_class: validation accuracy [C] at the fitted tau and temperature.  error: one standard error of the fitted
     balanced accuracy, from the finite number of images.
-    likelihood: the log-probability of every image's class, float32 [N], there, where `analysis.criterion` needs it.
+    likelihood: the log-probability of every image's class, float32 [N], there, where the NLL may decide.
     test: scores on the test split at the tau and temperature fitted on validation, likewise.
     problem: why something that should be there is missing.
     """
@@ -59,6 +58,12 @@ class Trial:
     @property
     def id(self) -> str:
         return f"{self.run}/{self.row['trial']}" if self.run else self.row["trial"]
+
+    @property
+    def judged(self) -> dict[str, Any]:
+        """The trial as a row of the trials table, as far as `rayltr.choice` looks at it."""
+        scores = {f"{records.METRIC}{VAL}{name}": value for name, value in self.val.items()}
+        return {**self.row, "trial": self.id, "p.arm": self.params.get("arm"), **scores}
 
     @property
     def control(self) -> bool:
@@ -92,8 +97,8 @@ class Trial:
 class Run:
     """A run folder: run.json, the training counts and names of its classes, their groups, and its trials.
 
-    rows: the trials table as it was read.  items: the validation images, None where no predictions are stored.
-    parts: the runs it was merged from.
+    rows: the trials table as it was read; none of a merged run.  items: the validation images, None where no
+    predictions are stored.  parts: the runs it was merged from.
     """
 
     folder: str
@@ -129,11 +134,21 @@ class Run:
         wholes = {i: done.get(i.removesuffix(choice.ablated(t.row)) + choice.WHOLE) for i, t in done.items()}
         return [(whole, done[i]) for i, whole in wholes.items() if whole and whole is not done[i]]
 
+    @cached_property
+    def criterion(self) -> choice.Criterion:
+        """What decides which trial is best."""
+        return choice.criterion(trial.judged for trial in self.trials)
+
+    @cached_property
+    def ranked(self) -> list[Trial]:
+        """The finished trials with validation scores, best on balance first."""
+        by_id = {trial.id: trial for trial in self.trials}
+        return [by_id[row["trial"]] for row in choice.ranked(trial.judged for trial in self.trials)]
+
     @property
     def measured(self) -> list[Trial]:
-        """The finished trials whose predictions are known, image by image; the best fitted NLL first."""
-        known = [trial for trial in self.finished if trial.packed is not None]
-        return sorted(known, key=lambda trial: trial.val["fitted_nll"])
+        """Those of them whose predictions are known, image by image."""
+        return [trial for trial in self.ranked if trial.packed is not None]
 
     @property
     def unmeasured(self) -> NDArray[np.int64]:
@@ -142,14 +157,13 @@ class Run:
 
     @cached_property
     def chosen(self) -> dict[str, Trial]:
-        """The best finished trials by balanced, many and few accuracy, and the best of the control arm.
+        """The best finished trials on balance, on many and on few classes, and the best of the control arm.
 
         The names are those of `rayltr.choice.best`, which also decides what an export takes.  One that no trial
         allows is absent.
         """
         by_id = {trial.id: trial for trial in self.trials}
-        rows = [{**t.row, "trial": t.id, "p.arm": t.params.get("arm"), **_scores(t)} for t in self.trials]
-        return {name: by_id[row["trial"]] for name, row in choice.best(rows).items()}
+        return {name: by_id[row["trial"]] for name, row in choice.best(t.judged for t in self.trials).items()}
 
     def designed(self, trial: Trial) -> bool:
         """Whether a trial is of the design that a search begins with, not of what its sampler made of the results."""
@@ -191,10 +205,6 @@ def _order(row: Mapping[str, Any]) -> float:
 
 def _whole(row: Mapping[str, Any]) -> bool:
     return row["state"] == "complete" and choice.whole(row)
-
-
-def _scores(trial: Trial) -> dict[str, float]:
-    return {f"{records.METRIC}{VAL}{name}": value for name, value in trial.val.items()}
 
 
 def _recorded(folder: str, row: dict[str, Any]) -> Trial:
@@ -242,7 +252,7 @@ def _validation(trial: Trial, items: Items | None, groups: Groups) -> dict[str, 
     if items is None or not np.array_equal(stored.target, items.target):
         raise ValueError(f"{trial.row['predictions_val']} has other images than the rest of the run")
     found = reading.validation(stored, items, groups, trial.val)
-    if "pred" in found and criterion(items.images, groups).by == NLL:
+    if "pred" in found and found["val"]["fewest_images"] < choice.ENOUGH:
         found["likelihood"] = reading.likelihood(stored, items, found["val"])
     return found
 

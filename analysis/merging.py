@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 
@@ -28,7 +29,7 @@ def merged(runs: Sequence[Run]) -> Run:
         for name, run in zip(names, runs, strict=True)
     )
     items = next((run.items for run in runs if run.items), None)
-    return replace(first, trials=[trial for part in parts for trial in part.trials], items=items, parts=parts)
+    return replace(first, trials=[trial for part in parts for trial in part.trials], rows=[], items=items, parts=parts)
 
 
 def _differs(one: Run, other: Run) -> str:
@@ -44,6 +45,7 @@ def _differs(one: Run, other: Run) -> str:
 
 
 def _names(runs: Iterable[Run]) -> list[str]:
-    """The last parts of the folders' names, numbered where they are not unique."""
-    names = [run.folder.rstrip("/").rpartition("/")[2] for run in runs]
-    return [name if names.count(name) == 1 else f"{name}-{i + 1}" for i, name in enumerate(names)]
+    """The last parts of the folders' names, numbered where they are not unique, with no number that is a name."""
+    names = [os.path.basename(os.path.abspath(run.folder)) for run in runs]
+    free = {name: (own for n in count(1) if (own := f"{name}-{n}") not in names) for name in names}
+    return [name if names.count(name) == 1 else next(free[name]) for name in names]

@@ -9,7 +9,6 @@ from plotly.offline import get_plotlyjs
 
 from analysis import numbers
 from analysis.cards import Card, cards
-from analysis.criterion import ACCURACY
 from analysis.evidence import Evidence
 from analysis.figures import taus
 from analysis.load import Run, load
@@ -18,6 +17,7 @@ from analysis.page import Page
 from analysis.sections import appendix, decide, effort, models, tokens, trade, why
 from analysis.tables import Table, counted, number, percent, signed, text
 from rayltr import records
+from rayltr.choice import ACCURACY
 from rayltr.metrics import GROUPS
 
 Folder = str | os.PathLike
@@ -74,7 +74,7 @@ def lede(evidence: Evidence, deck: Sequence[Card]) -> str:
     best, score = evidence.trials[evidence.best], float(evidence.points["balanced"][evidence.best])
     first = next((claim for card in deck for claim in card.claims if claim.score == "balanced"), None)
     score = first.shown.value if first and first.shown else score
-    by = "" if evidence.criterion.by == ACCURACY else f" by {evidence.criterion.by}"
+    by = "" if run.criterion.by == ACCURACY else f" by {run.criterion.by}"
     reached = (
         f"{count} The best on balance{by}, {best.id}, predicts {percent(score).text} % of each class right on average"
     )

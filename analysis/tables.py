@@ -50,8 +50,11 @@ def text(value: Any) -> Cell:
 
 
 def number(value: Any, form: str = ".4g") -> Cell:
-    """A number in the format given, a gap for None and nan."""
-    return Cell(MISSING) if absent(value) else Cell(format(value, form), float(value))
+    """A number in the format given, the minus as long as the plus; a gap for None and nan."""
+    if absent(value):
+        return Cell(MISSING)
+    shown = format(value, form)
+    return Cell(f"−{shown[1:]}" if shown.startswith("-") else shown, float(value))
 
 
 def percent(fraction: float | None, digits: int = 1) -> Cell:

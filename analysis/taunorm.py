@@ -45,18 +45,15 @@ class Normed:
         return int(self.nll.argmin())
 
 
-def normed(run: Run, trial: Trial) -> Normed | None:
-    """Tau-norm of a measured trial; None if its classifier is not a single linear one.
+def normed(run: Run, trial: Trial) -> Normed:
+    """Tau-norm of a measured trial.
 
-    Raises ValueError, in one line, where the weights are gone or damaged, or the stored logits do not tell enough.
+    Raises ValueError, in one line, where its classifier is not a single linear one, the weights are gone or damaged,
+    or the stored logits do not tell enough.
     """
-    head = classifier(trial)
-    if head is None or run.items is None:
-        return None
-    weight, bias = head
+    assert run.items is not None
+    weight, bias = classifier(trial)
     free = whole(run.logits(trial).astype(np.float64) - bias, weight)
-    if free is None:
-        return None
     length = np.linalg.norm(weight, axis=1)
     length[length == 0] = 1  # a class with zero weight keeps it
     target, rows = run.items.target, []
@@ -67,10 +64,10 @@ def normed(run: Run, trial: Trial) -> Normed | None:
     return Normed(trial.id, scores, np.array([row[1] for row in rows]), np.array([row[2] for row in rows]))
 
 
-def classifier(trial: Trial) -> tuple[Floats, Floats] | None:
-    """Weight [C, D] and bias [C] of a trial's head, from the store of its run; None if it is not a linear one.
+def classifier(trial: Trial) -> tuple[Floats, Floats]:
+    """Weight [C, D] and bias [C] of a trial's head, from the store of its run.
 
-    Raises ValueError if they are not there, or damaged.
+    Raises ValueError if they are not there, damaged, or not those of a linear head.
     """
     line, _, epoch = (trial.row["address"] or "").partition("@")
     path = records.within(trial.folder, f"store/{line}/{epoch:>06}")
@@ -82,14 +79,15 @@ def classifier(trial: Trial) -> tuple[Floats, Floats] | None:
         raise ValueError("its stored weights are damaged")
     tensors = {name: value for name, value in tensors_of(body).items() if name.startswith(HEAD)}
     if set(tensors) != {f"{HEAD}weight", f"{HEAD}bias"} or tensors[f"{HEAD}weight"].ndim != 2:
-        return None
+        raise ValueError("its classifier is not one linear layer with a bias")
     return tensors[f"{HEAD}weight"].astype(np.float64), tensors[f"{HEAD}bias"].astype(np.float64)
 
 
-def whole(shifted: Floats, weight: Floats) -> Floats | None:
-    """The products w . f [N, C] that are known up to a constant per row; None if they are no products of this weight.
+def whole(shifted: Floats, weight: Floats) -> Floats:
+    """The products w . f [N, C] that are known up to a constant per row.
 
-    Raises ValueError where the constant cannot be told: without more classes than features, or hardly any.
+    Raises ValueError where they are no products of this weight, and where the constant cannot be told: without more
+    classes than features, or hardly any.
     """
     classes, features = weight.shape
     mixed = np.hstack([weight, np.ones((classes, 1))])
@@ -99,7 +97,7 @@ def whole(shifted: Floats, weight: Floats) -> Floats | None:
                          "up to a constant per image")  # fmt: skip
     found = shifted @ back.T
     if np.linalg.norm(found @ mixed.T - shifted) > APART * np.linalg.norm(shifted):
-        return None
+        raise ValueError("its logits are not those of its linear classifier alone")
     return shifted - found[:, -1:]
 
 

@@ -51,7 +51,7 @@ def set_back(study: Study, params: Mapping[str, Any]) -> dict[str, dict[str, Any
 
 
 def winner(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The best trial by balanced accuracy, unless it is plain itself; None before there is one."""
+    """The best trial on balance, unless it is plain itself; None before there is one."""
     row = best(rows).get("balanced")
     return row if row and row.get("p.arm") == STUDY else None
 

@@ -12,6 +12,7 @@ from ray import tune
 
 from rayltr.files import MACHINE
 from rayltr.ledger import Settings
+from rayltr.machines import Lost
 
 
 def run_trial(config: dict[str, Any], settings: Settings) -> None:
@@ -58,6 +59,8 @@ def verdict(error: Exception, run: str) -> str:
 
     An OSError otherwise is the recipe's: its code looks for a file that is not there, say, and will again.
     """
+    if isinstance(error, Lost):
+        return "lost"
     if isinstance(error, (InterruptedError, ChildProcessError)):
         return "interrupted"
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():

@@ -1,40 +1,88 @@
 """Which trials a run would ship, from its records alone."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 SCORES = ("balanced", "many", "medium", "few")
-"""Accuracies, as they are shown: over all classes, and over each group of them."""
-BEST = {
-    "balanced": ("fitted_balanced", "fitted_nll"),
-    "many": ("fitted_many", "fitted_balanced"),
-    "few": ("fitted_few", "fitted_balanced"),
-}
-"""The choices on offer: the validation score that decides, and the one that breaks ties (all at fitted tau)."""
+"""What recipes are judged by, as it is shown: over all classes, and over each group of them."""
+BEST = ("balanced", "many", "few")
+"""The choices on offer, by one of these scores each."""
+
+ACCURACY, NLL = "accuracy", "NLL"
+ENOUGH = 20
+"""Validation images that every class needs before accuracy decides."""
 
 SEEDS = 3
 """Fresh seeds of each finalist."""
 
 
-def best(rows: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """The best trial of full length by balanced, many and few accuracy, and the best of the control arm (`control`).
+@dataclass(frozen=True)
+class Criterion:
+    """What decides which trial is best.
 
-    A trial that is worse than the control on balance is no choice, however good it is at one end; nor is one that
-    repeats another with a seed of its own.
+    by: ACCURACY or NLL, both at the fitted tau and temperature.  why: the reason, as the end of a sentence.
+    """
+
+    by: str
+    why: str
+
+    def merit(self, row: Mapping[str, Any], name: str) -> float:
+        """What a trial is worth by one of SCORES, more is better; nan where that was not measured."""
+        if self.by == ACCURACY:
+            return score(row, f"fitted_{name}")
+        return -score(row, "fitted_nll" if name == "balanced" else f"fitted_{name}_nll")
+
+
+def criterion(rows: Iterable[Mapping[str, Any]]) -> Criterion:
+    """What decides between the trials of a run: accuracy where every measured class has images enough, else the NLL.
+
+    Over the same images the NLL is much less noisy than the accuracy.  It ranks recipes better where a class has fewer
+    than about 20 validation images, and worse where it has more, because it is not what is asked for.  Older records
+    hold neither the NLL of single groups nor the number of images: with any of them, accuracy decides.
+    """
+    judged = [row for row in rows if row["state"] == "complete" and math.isfinite(score(row, "fitted_balanced"))]
+    images = [score(row, "fewest_images") for row in judged]
+    if not images or not all(map(math.isfinite, images)):
+        return Criterion(ACCURACY, "the records do not say on how many images a class was judged")
+    least = min(images)
+    if least >= ENOUGH:
+        return Criterion(ACCURACY, f"every measured class has at least {ENOUGH} validation images")
+    seen = f"{least:.0f} validation image{'s' if least > 1 else ''}"
+    return Criterion(NLL, f"some classes have only {seen}; below {ENOUGH}, accuracy ranks worse")
+
+
+def ranked(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The trials that may be chosen, best on balance first, by what decides; of equals the lower NLL is first.
+
+    They are complete, of full length and measured, and do not repeat another with a seed of its own.
+    """
+    rows = [*rows]
+    merit = partial(criterion(rows).merit, name="balanced")
+    done = [row for row in rows if row["state"] == "complete" and whole(row) and not repeated(row)]
+    measured = [row for row in done if math.isfinite(merit(row))]
+    return sorted(measured, key=lambda row: (-merit(row), score(row, "fitted_nll")))
+
+
+def best(rows: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The best trial on balance, on many and on few, by what decides, and the best of the control arm (`control`).
+
+    A trial that is worse than the control on balance is no choice, however good it is at one end.  Of equals the better
+    on balance is taken.
     rows: of the trials table.  A choice that no trial allows (no finite score) is absent.
     """
-    done = [row for row in rows if row["state"] == "complete" and whole(row) and not repeated(row)]
-    control = top([row for row in done if row.get("p.arm") == "control"], *BEST["balanced"])
-    floor = score(control, "fitted_balanced") if control else 0.0
-    worthy = [row for row in done if score(row, "fitted_balanced") >= floor]
-    found = {name: top(worthy, *scores) for name, scores in BEST.items()}
-    found["control"] = control
+    rows = [*rows]
+    merit, order = criterion(rows).merit, ranked(rows)
+    control = next((row for row in order if row.get("p.arm") == "control"), None)
+    worthy = [row for row in order if control is None or merit(row, "balanced") >= merit(control, "balanced")]
+    found = {name: top(worthy, partial(merit, name=name)) for name in BEST} | {"control": control}
     return {name: row for name, row in found.items() if row is not None}
 
 
 def finalists(rows: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
-    """The trials to train again with other seeds: what a run would ship, then the best by balanced accuracy.
+    """The trials to train again with other seeds: what a run would ship, then the best on balance.
 
     Of these `most`, and the best of the control arm beside them.
     """
@@ -42,10 +90,7 @@ def finalists(rows: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str,
         return []
     choices = best(rows)
     control = choices.pop("control", None)
-    done = [row for row in rows if row["state"] == "complete" and whole(row) and not repeated(row)]
-    measured = [row for row in done if math.isfinite(score(row, "fitted_balanced"))]
-    ranked = sorted(measured, key=lambda row: -score(row, "fitted_balanced"))
-    found = {row["trial"]: row for row in (*choices.values(), *ranked)}
+    found = {row["trial"]: row for row in (*choices.values(), *ranked(rows))}
     kept = dict(list(found.items())[:most])
     return list((kept | ({control["trial"]: control} if control else {})).values())
 
@@ -84,9 +129,9 @@ def finalist(row: Mapping[str, Any]) -> bool:
     return repeated(row) and not ablated(row)
 
 
-def top(rows: Iterable[Mapping[str, Any]], first: str, second: str) -> Mapping[str, Any] | None:
-    measured = [row for row in rows if math.isfinite(score(row, first))]
-    return max(measured, key=lambda row: (score(row, first), signed(row, second)), default=None)
+def top(rows: Iterable[Mapping[str, Any]], merit: Callable[[Mapping[str, Any]], float]) -> Mapping[str, Any] | None:
+    """The first of the best; None where none is measured."""
+    return max((row for row in rows if math.isfinite(merit(row))), key=merit, default=None)
 
 
 def score(row: Mapping[str, Any], name: str) -> float:

@@ -11,15 +11,21 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-import torch
+import ray
 from ray import train
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.collective import broadcast_from_rank_zero
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.placement_group import get_current_placement_group
 from ray.util.queue import Empty, Queue
 
-from rayltr.interface import Diverged
+from rayltr.claims import told_to_stop
+from rayltr.machines import Lost, gone, homes
 
 POLL_S = 0.5
+WAIT_S = str(7 * 24 * 3600)
+"""So long the workers may wait for machines, which a cluster may still have to get, before that counts as an error."""
+UNUSED = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
+"""Parts of Ray Train with a process each: for data sets of Ray's, and for what `rayltr.machines.release` does."""
 RESERVED = "reserved"
 """The key of the first worker's first word: the name of what Ray holds for the workers of the trial."""
 
@@ -29,19 +35,20 @@ def loop(config: dict[str, Any]) -> dict[str, Any] | None:
 
     What ends all workers alike is a result, too: an error would make Ray Train start them again.
     """
-    device = get_device()
-    if device.type == "cuda":  # every worker sees all GPUs of its machine
-        torch.cuda.set_device(device)
-    first = train.get_context().get_world_rank() == 0
-    report = config["queue"].put if first else ignored
+    context, settings = train.get_context(), config["settings"]
+    number, host = context.get_world_rank(), ray.util.get_node_ip_address()
+    report = ignored if number else config["queue"].put
     report({RESERVED: reserved()})
-    try:
-        place = import_module("rayltr.trial")  # the process that only waits for the workers need not load it
-        found = place.for_search(config["settings"], config["name"], config["params"], report)
-    except (Diverged, InterruptedError) as error:
-        error.add_note(traceback.format_exc())  # a traceback does not travel
-        found = {"error": error}
-    return found if first else None
+    # torch takes seconds to load, which the processes that only wait for the workers need not spend
+    interface, parallel, trial = (import_module(f"rayltr.{name}") for name in ("interface", "parallel", "trial"))
+    kind = "nccl" if settings.gpus else "gloo"
+    with parallel.joined(kind, number, settings.workers, host, broadcast_from_rank_zero):
+        try:
+            found = trial.for_search(settings, config["name"], config["params"], report)
+        except (interface.Diverged, InterruptedError) as error:
+            error.add_note(traceback.format_exc())  # a traceback does not travel
+            found = {"error": error}
+    return None if number else found
 
 
 def reserved() -> str:
@@ -54,6 +61,13 @@ def ignored(record: dict[str, Any]) -> None:
     pass
 
 
+class Trainer(DataParallelTrainer):
+    """Ray Train's, without its parts that are of no use here; each would delay the first step by seconds."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [part for part in super()._create_default_callbacks() if type(part).__name__ not in UNUSED]
+
+
 def for_search(
     settings: Any, name: str, params: dict[str, Any], report: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
@@ -63,10 +77,11 @@ def for_search(
     slow while the run ends.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # the poll delays the start and end of a run
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", WAIT_S)
     queue = Queue(actor_options={"num_cpus": 0})
     each = {"CPU": settings.cpus, **({"GPU": settings.gpus} if settings.gpus else {})}
-    trainer = TorchTrainer(
-        loop,  # type: ignore[arg-type]
+    trainer = Trainer(
+        loop,
         train_loop_config={"settings": settings, "name": name, "params": params, "queue": queue},
         scaling_config=train.ScalingConfig(
             num_workers=settings.workers, use_gpu=settings.gpus > 0, resources_per_worker=each
@@ -77,16 +92,25 @@ def for_search(
             logging_config=train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    found = relayed(trainer, queue, report)
+    found = relayed(trainer, queue, report, lambda: told_to_stop(settings.run))
     if "error" in found:
         raise found["error"]
     return found
 
 
-def relayed(trainer: TorchTrainer, queue: Queue, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """The value that the first worker returned; what it put into the queue meanwhile goes to `report`."""
+def relayed(
+    trainer: DataParallelTrainer,
+    queue: Queue,
+    report: Callable[[dict[str, Any]], None],
+    leave: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """The value that the first worker returned; what it put into the queue meanwhile goes to `report`.
+
+    leave: whether to give up; asked while no worker has begun, for later they ask themselves.  Raises
+    InterruptedError then, `Lost` where a machine of the workers is gone, and otherwise what is `meant`.
+    """
     outcome: dict[str, Any] = {}
-    begun = 0
+    begun, nodes = 0, set[str]()
 
     def fit() -> None:
         try:
@@ -101,15 +125,18 @@ def relayed(trainer: TorchTrainer, queue: Queue, report: Callable[[dict[str, Any
             try:
                 record = queue.get(timeout=POLL_S)
             except Empty:
+                if not begun and leave():
+                    raise InterruptedError("told to stop") from None
                 continue
             if RESERVED in record:
-                begun += 1
+                begun, nodes = begun + 1, homes(record[RESERVED])
                 record |= {"restarted": begun - 1} if begun > 1 else {}
             report(record)
     finally:
         queue.shutdown()
-    if "error" in outcome:
-        raise meant(outcome["error"]) from outcome["error"]
+    if error := outcome.get("error"):
+        lost = any(map(gone, nodes))  # whatever the other workers say of it
+        raise (Lost(f"a machine of the workers was lost\n{error}") if lost else meant(error)) from error
     return outcome["found"]
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import socket
 import sys
@@ -34,6 +35,9 @@ LEAST = {
 """The smallest value of each option that is a number."""
 
 VERSIONS = ("rayltr", "torch", "torchvision", "ray", "optuna", "timm", "numpy", "pyarrow")
+
+
+NVIDIA = Path("/proc/driver/nvidia")
 
 
 class Refused(Exception):
@@ -142,7 +146,7 @@ def plan_of(options: argparse.Namespace, place: str, default: Stage) -> Plan:
 
 def native_precision() -> str:
     """bf16 where there is an NVIDIA GPU or the processor computes in it, else fp32: elsewhere it is emulated."""
-    if Path("/proc/driver/nvidia/version").exists():
+    if (NVIDIA / "version").exists():
         return "bf16"
     try:
         flags = Path("/proc/cpuinfo").read_text()
@@ -205,6 +209,22 @@ def versions() -> dict[str, str]:
     return found
 
 
+def processor() -> str:
+    """The name of this machine's processor, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def gpus() -> list[str]:
+    """The names of this machine's NVIDIA GPUs, as the driver tells them on Linux: torch would take seconds to load."""
+    files = sorted(NVIDIA.glob("gpus/*/information"))
+    return [name for path in files for name in re.findall(r"^Model:\s*(.+)", path.read_text(), re.MULTILINE)]
+
+
 def typed(program: str, more: Sequence[str], arguments: Sequence[str] | None) -> str:
     """The command as the user typed it (`arguments` None: on the command line), and `more`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -222,6 +242,7 @@ def begin(run: Path, study: str, data: Data, options: argparse.Namespace, more: 
         "data": data.manifest | about,
         "arguments": vars(options),
         "versions": versions(),
+        "machine": {"processor": processor(), "gpus": gpus()},
         "seeds": {"seed": options.seed or 0, "imbalance_seed": options.imbalance_seed or 0},
         "openings": [],
         **more,

@@ -14,7 +14,7 @@ import numpy as np
 from analysis import ensembles
 from analysis.experts import experts
 from rayltr import command, model_card, records
-from rayltr.choice import BEST, best, repeated
+from rayltr.choice import BEST, best, criterion, repeated
 from rayltr.recipe import load_own, own_files, recorded
 
 MADE = ("config.json", "ensemble.json", "model.safetensors", "model.onnx", "study.py")
@@ -75,7 +75,7 @@ def alone(run: Path, info: Mapping[str, Any], out: Path, options: argparse.Names
     shipping.described(out, found.facts.classes, {"trial": row["trial"], **measured}, about)
     rows = records.read_trials(run).to_pylist()
     trials = [other for other in rows if other["state"] == "complete" and not repeated(other)]
-    how = model_card.chosen(len(trials), options.trial, options.best)
+    how = model_card.chosen(len(trials), options.trial, options.best, criterion(rows))
     if np.any(bias):
         how += " A bias for each class group was added to the logits after these numbers were measured."
     if note:
@@ -141,8 +141,11 @@ def noted(study: ensembles.Ensembles) -> dict[str, Any]:
         "members": members,
         "groups": {name: [int(c) for c in classes] for name, classes in groups.items()},
         "bias": mixture.told(mixture.bias, groups),
-        "validation": {"balanced": score.balanced, "nll": score.nll, **score.groups},
-        "single": {"trial": study.single.members[0], "balanced": study.single.balanced, "nll": study.single.nll},
+        "validation": score.whole,
+        "single": {
+            "trial": study.single.members[0],
+            **{name: study.single.whole[name] for name in ("balanced", "nll")},
+        },
         "gain": {"nll": vars(score.gain_nll), "balanced": vars(score.gain_balanced)},
         "recommended": study.recommended,
     }

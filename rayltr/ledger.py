@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from collections import Counter
@@ -20,6 +21,8 @@ from rayltr.studies import FIDELITIES, Plan, find, rungs
 
 LOSSES = 3
 """So many machines may be lost under a trial before it comes under suspicion."""
+UNJUDGED = ("memory", "interrupted", "lost")
+"""How a trial ends that says nothing of its recipe yet."""
 
 
 @dataclass(frozen=True)
@@ -147,14 +150,13 @@ class Ledger:
         """Whether nothing runs, and nothing is left to do or will be begun."""
         return self.agenda.finished() or self.leaving and not self.jobs
 
-    def end(self, trial_id: str, died: bool, lost: bool = False) -> None:
-        """A trial has ended, or its process has died, perhaps because the machine was `lost`."""
+    def end(self, trial_id: str, died: dict[str, Any] | None = None, lost: bool = False) -> None:
+        """A trial has ended, or its process has `died` (see `death`), perhaps because the machine was `lost`."""
         jobs = self.jobs.pop(trial_id, [])
         self.nodes.pop(trial_id, None)
-        gone: dict[str, Any] = {"state": "memory", "error": "the process of the trial died (killed, or out of memory)"}
-        final = self.finals.pop(trial_id, gone)
+        final = self.finals.pop(trial_id, death(""))
         for job in jobs:
-            self.concluded(job, {"started": time.time(), **(gone if died else final)}, lost)
+            self.concluded(job, {"started": time.time(), **(died or final)}, lost)
 
     def concluded(self, job: Job, result: dict[str, Any], lost: bool = False) -> None:
         try:
@@ -165,18 +167,19 @@ class Ledger:
 
     def settled(self, job: Job, result: dict[str, Any], lost: bool) -> None:
         """Repeats a trial, leaves it open, or records it."""
-        if self.leaving and result["state"] in ("memory", "interrupted"):
+        if self.leaving and result["state"] in UNJUDGED:
             self.open = True
             return self.agenda.dropped(job)
+        lost = lost or result["state"] == "lost"
         self.losses[job.trial] += lost
         if lost and self.losses[job.trial] <= LOSSES:
             self.progress.say(f"  {job.trial} is run again: its machine was lost")
             return self.agenda.repeat(job, alone=job.again)
-        if result["state"] in ("memory", "interrupted") and not job.again:
+        if result["state"] in UNJUDGED and not job.again:
             self.progress.say(f"  {job.trial} is run again, alone: {result['error']}")
             self.agenda.repeat(job)
             return
-        state = "failed" if result["state"] == "memory" else result["state"]
+        state = "failed" if result["state"] in ("memory", "lost") else result["state"]
         row = trial_row(self.settings, job, {**result, "state": state})
         records.append_epochs(self.settings.run, [{"trial": job.trial, **epoch} for epoch in result.get("epochs", [])])
         records.append_trial(self.settings.run, row)
@@ -195,6 +198,13 @@ class Ledger:
         self.error = self.error or error
         if not self.leaving:
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def death(said: str) -> dict[str, Any]:
+    """The result of a trial whose process is gone, from what Ray says of it: killed, or an error before the trial."""
+    errors = re.findall(r"^\w[\w.]*Error: .*", said, re.MULTILINE)  # the last one is what it ended by
+    error = errors[-1] if errors else "the process of the trial died (killed, or out of memory)"
+    return {"state": "memory", "error": error, "traceback": f"{said}\n{error}".strip()}
 
 
 def trial_row(settings: Settings, job: Job, result: Mapping[str, Any]) -> dict[str, Any]:

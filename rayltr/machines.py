@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import ray
 from ray._private import ray_constants
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 DRIVER = "trial_driver"
 """The custom resource that trials of several workers run on, where the cluster has it (see cluster.yaml)."""
@@ -26,12 +27,14 @@ USABLE = 90
 ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_prestart_worker_first_driver": "0",  # Tune's processes have an environment of their own, and cannot be these
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # the search has its own: trials store what they have
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_GLOBAL_CHECKPOINT_S": "inf",  # Tune's state of the search is never read
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
+COORDINATOR = "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator"
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 
@@ -39,12 +42,14 @@ class Shortage(ValueError):
     """More is asked for than the machines have."""
 
 
+class Lost(RuntimeError):
+    """A machine went, and workers of a trial with it."""
+
+
 def connect(address: str | None, dashboard: bool) -> str:
     """Starts Ray on this machine, or joins the cluster at an address; the HOST:PORT of its dashboard, "" without one.
 
     Ray on this machine listens on the loopback address alone, all its processes and the workers of a trial included.
-    One port is out of reach: while a trial of several workers runs, torch's rendezvous store listens on every
-    interface, and torch has no option for it.
 
     Raises `Shortage` when no cluster answers at the address, or Ray does not start here.
     """
@@ -79,6 +84,12 @@ def started(dashboard: bool) -> Any:
     except Exception as error:
         ray.shutdown()
         raise Shortage(f"Ray does not start on this machine, which may be too busy: {error}") from error
+
+
+def hasten() -> None:
+    """Starts what Ray Train asks for machines, for whose process the first trial of several workers would wait."""
+    with suppress(ImportError, AttributeError):  # then Ray Train starts it
+        import_module(COORDINATOR).get_or_create_autoscaling_coordinator()
 
 
 def fitted(cpus: int, gpus: float, workers: int, concurrent: int, growing: int = 0) -> tuple[float, int, int]:
@@ -120,11 +131,20 @@ def gone(node: str) -> bool:
 
 
 def release(group: str) -> None:
-    """Gives back what a killed trial held for its workers: a placement group, as hex digits.
+    """Gives back what a trial held for its workers, a placement group as hex digits, as far as it is not done.
 
     Ray's own cleaner asks the dashboard, of which there may be none or, beside another Ray on the machine, several.
     """
-    remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))
+    remove_placement_group(held(group))
+
+
+def homes(group: str) -> set[str]:
+    """The machines that the workers of a trial were given, by their Ray identifiers.  group: as in `release`."""
+    return {*placement_group_table(held(group))["bundles_to_node_id"].values()}
+
+
+def held(group: str) -> PlacementGroup:
+    return PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group)))
 
 
 def answers(host: str, port: int) -> bool:

@@ -34,7 +34,7 @@ RANGES = {10: (3, 7), 100: (36, 71), 1000: (390, 835), 8142: (842, 4543)}
 SUMMARY = (
     *("accuracy", "balanced", *GROUPS, "worst_decile", "nll", "balanced_nll", "ece"),
     *("tau", "temperature", "fitted_nll", "fitted_accuracy", "fitted_balanced", *(f"fitted_{name}" for name in GROUPS)),
-    *("fitted_worst_decile", "fitted_ece", "area"),
+    *("fitted_worst_decile", "fitted_ece", *(f"fitted_{name}_nll" for name in GROUPS), "area", "fewest_images"),
 )
 """The keys of `summary`."""
 
@@ -127,6 +127,15 @@ def fit(logits: ArrayLike, target: ArrayLike, counts: ArrayLike) -> tuple[float,
     return float(TAUS[chosen]), temperature, nll
 
 
+def group_nll(logits: ArrayLike, target: ArrayLike, groups: Mapping[str, ArrayLike]) -> dict[str, float]:
+    """NLL in nats of each group: mean per class, then over its measured classes; nan where none is measured."""
+    z, target = np.asarray(logits), np.asarray(target)
+    classes = z.shape[1]
+    images = np.bincount(target, minlength=classes)
+    total = np.bincount(target, _nll(z, target, 1.0, np.zeros((1, classes)))[:, 0], classes)
+    return group_means(np.where(images > 0, total / np.maximum(images, 1), np.nan), groups)
+
+
 def ece(logits: ArrayLike, target: ArrayLike, bins: int = 15) -> float:
     """Expected calibration error: mean |confidence - accuracy| over bins of equally many images."""
     z = _centred(logits)
@@ -165,14 +174,16 @@ def summary(
 ) -> dict[str, float]:
     """Everything one number says about a classifier, raw and at the fitted tau and temperature: the keys of SUMMARY.
 
-    `fitted_nll` is the class-balanced NLL at the fitted tau and temperature, the search's default objective.  `area` is
-    what the classifier covers of many x few over all tau.
+    `fitted_nll` is the class-balanced NLL at the fitted tau and temperature, the search's default objective, and
+    `fitted_many_nll`, ... those of the groups.  `area` is what the classifier covers of many x few over all tau.
+    `fewest_images` is of the split: the images of the class that has fewest, but any.
     """
     z, target = _floating(logits), np.asarray(target)
     if not (z.size and np.isfinite(z).all()):
         return dict.fromkeys(SUMMARY, np.nan)
     tau, temperature, nll = fit(z, target, counts)
-    fitted = _described(adjust(z / temperature, counts, tau), target, counts, groups)
+    corrected = adjust(z / temperature, counts, tau)
+    fitted = _described(corrected, target, counts, groups)
     swept = [scores(z, target, counts, groups, tau, temperature) for tau in TAUS]
     return {
         **_described(z, target, counts, groups),
@@ -180,7 +191,9 @@ def summary(
         "balanced_nll": balanced_nll(z, target, z.shape[1]),
         **{"tau": tau, "temperature": temperature, "fitted_nll": nll},
         **{f"fitted_{name}": value for name, value in fitted.items()},
+        **{f"fitted_{name}_nll": value for name, value in group_nll(corrected, target, groups).items()},
         "area": area([own["many"] for own in swept], [own["few"] for own in swept]),
+        "fewest_images": float(np.unique(target, return_counts=True)[1].min()),
     }
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from rayltr.choice import SCORES, finalist, score
+from rayltr.choice import SCORES, Criterion, finalist, score
 
 MODES = {
     "logit": "The log-probabilities of its members are averaged.",
@@ -79,13 +79,13 @@ field `recipe` of its `config.json`. The card of a single trial says more; `ense
 {LIMITS}"""
 
 
-def chosen(trials: int, trial: str | None, best: str) -> str:
+def chosen(trials: int, trial: str | None, best: str, by: Criterion) -> str:
     """How one of the complete trials of a run was chosen, as a sentence."""
     if trials < 2:
         return "It is the only complete trial of its run: nothing was chosen."
     if trial:
         return f"It was named by hand, one of {trials} complete trials."
-    return f"It was chosen on validation, for the best `{best}` of {trials} complete trials."
+    return f"It was chosen on validation, for the best `{best}` of {trials} complete trials, by {by.by}: {by.why}."
 
 
 def seeds(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:

@@ -4,11 +4,36 @@ The gradients are those of the sum of all workers' losses, which is what Distrib
 of a loss that is a mean over the local batch.
 """
 
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+
+TIMEOUT = timedelta(minutes=30)
+"""So long a worker waits for the others; the first one may have much to do alone."""
+
+
+@contextmanager
+def joined(kind: str, number: int, workers: int, host: str, told: Callable[[Any], Any]) -> Iterator[None]:
+    """Makes this process one of the workers of a training run while it lasts.
+
+    kind: `gloo`, or `nccl` with a GPU for each.  number: of this one, from 0.  host: its address; the workers find
+    each other at the first one's, where nothing else is listened on.  told: gives to every worker what the first one
+    gives to it.
+    """
+    family = socket.getaddrinfo(host, None)[0][0]
+    server = None if number else socket.create_server((host, 0), family=family)
+    first, port = told(server.getsockname()[:2] if server else None)
+    own: dict[str, Any] = {"wait_for_workers": False, "master_listen_fd": server.detach()} if server else {}
+    store = distributed.TCPStore(first, port, workers, is_master=not number, timeout=TIMEOUT, **own)
+    distributed.init_process_group(kind, store=store, rank=number, world_size=workers, timeout=TIMEOUT)
+    yield
+    distributed.destroy_process_group()  # not after an error: it may wait for those who still compute
 
 
 def rank() -> int:

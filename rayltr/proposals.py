@@ -42,7 +42,7 @@ class Proposals:
         sampler: optuna.samplers.BaseSampler,
         starts: Sequence[Mapping[str, Any]] = (),
     ):
-        self.run, self.plans, self.objectives = run, plans, tuple(objectives)
+        self.run, self.plans, self.objectives, self.trials = run, plans, tuple(objectives), trials
         self.space = find(plans[-1].study)
         self.study = journal(run, self.objectives)
         self.study.sampler = sampler
@@ -91,8 +91,9 @@ class Proposals:
         return made
 
     def waiting(self) -> bool:
-        """Whether there are proposals to be made."""
-        return bool(self.lost or self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+        """Whether there are proposals to be made; a run may have more than are asked for now."""
+        queued = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))  # Optuna takes the first one
+        return bool(self.lost or queued and number(self.study, queued[0]) < self.trials)
 
     def propose(self) -> Job | None:
         """The next proposal, or None when all have been made.  Raises OSError when the journal cannot be written."""

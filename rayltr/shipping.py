@@ -1,7 +1,6 @@
 """Models to ship as folders, in timm's form where timm can load them, and as ONNX."""
 
 import json
-import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from rayltr import build
 from rayltr.backbones import Normalised
+from rayltr.command import processor
 from rayltr.folding import Adjustment, Finished, Headed, Shipped
 from rayltr.interface import Facts, Resources, State
 from rayltr.spec import dump, fn, parse
@@ -187,16 +187,6 @@ def price(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
     weights = sum(value.numel() for value in model.state_dict().values())
     machine = {"processor": processor(), "threads": torch.get_num_threads()}
     return {"weights": weights, "ms_per_image": 1000 * median(seconds[WARM_UP:]), **machine}
-
-
-def processor() -> str:
-    """The name of this machine's processor, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 @torch.inference_mode()

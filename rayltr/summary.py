@@ -15,7 +15,7 @@ from analysis.evidence import Evidence
 from analysis.load import Run, load
 from analysis.pareto import front
 from rayltr import records
-from rayltr.choice import SCORES, WHOLE, ablated, best, finalist, score
+from rayltr.choice import NLL, SCORES, WHOLE, ablated, best, criterion, finalist, score
 from rayltr.progress import Progress, described
 
 SHOWN = 8
@@ -34,7 +34,9 @@ def finished(run: Path, progress: Progress, before: Collection[str]) -> int:
         progress.say("\n".join(map(agreed, rungs)))
     if chosen:
         loaded = load(run)
-        progress.say(f"\n{table(chosen)}\n\n{front_table(loaded)}\n")
+        by = criterion(rows)
+        told = f"\n\nthe best are chosen by NLL: {by.why}" * (by.by == NLL)
+        progress.say(f"\n{table(chosen)}{told}\n\n{front_table(loaded)}\n")
         for more in filter(None, (finalists_table(rows), ablation_table(rows), spare(loaded))):
             progress.say(f"{more}\n")
     run = Path(os.path.relpath(run)) if run.is_relative_to(Path.cwd()) else run

@@ -28,8 +28,8 @@ from rayltr.agenda import Job
 from rayltr.boards import Boards
 from rayltr.choice import repeated
 from rayltr.command import INTERRUPTED, PROBE
-from rayltr.ledger import Ledger, Settings
-from rayltr.machines import DRIVER, OWN_CPU, Shortage, answers, connect, fitted, gone, release, share_of_gpu
+from rayltr.ledger import Ledger, Settings, death
+from rayltr.machines import DRIVER, OWN_CPU, Shortage, answers, connect, fitted, gone, hasten, release, share_of_gpu
 from rayltr.progress import Progress
 from rayltr.proposals import Proposals, ended, mend
 from rayltr.studies import find, jobs, rungs
@@ -56,10 +56,10 @@ class Agent(Searcher):
         return {**config(job), "beside": beside} if beside else config(job)
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        node, group = self.ledger.nodes.get(trial_id), self.ledger.reserved.pop(trial_id, "")
-        if error and group:
+        if group := self.ledger.reserved.pop(trial_id, ""):
             release(group)
-        self.ledger.end(trial_id, died=error, lost=error and node is not None and gone(node))
+        if not error:  # else the listener is called next, and told why
+            self.ledger.end(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: see the ledger."""
@@ -93,6 +93,11 @@ class Listener(tune.Callback):
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         self.ledger.heard(trial.trial_id, result)
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        node = self.ledger.nodes.get(trial.trial_id)
+        said = Path(trial.error_file).read_text(errors="replace")
+        self.ledger.end(trial.trial_id, death(said), lost=node is not None and gone(node))
 
 
 def search(settings: Settings, progress: Progress) -> bool:
@@ -139,7 +144,7 @@ def searched(settings: Settings, progress: Progress) -> bool:
         return True
     settings = placed(settings, progress)
     signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    left = jobs(settings.trials, settings.fidelity) - sum(not repeated(row) for row in ended(settings.run))
+    left = max(jobs(settings.trials, settings.fidelity) - sum(not repeated(row) for row in ended(settings.run)), 1)
     first = Ledger(settings, proposals, agenda, progress, Boards(settings.run))
     if not trained(settings, first, left):
         return False
@@ -168,6 +173,8 @@ def placed(settings: Settings, progress: Progress) -> Settings:
         need = f"{settings.workers} x {settings.cpus} CPUs and {gpus:g} GPUs"
         progress.say(f"no machine of the cluster holds a trial yet, which needs {need}; waiting for it to grow (if it "
                      "cannot: Ctrl-C)")  # fmt: skip
+    if settings.workers > 1:
+        hasten()
     return replace(settings, gpus=gpus, concurrent=concurrent)
 
 

@@ -1,10 +1,12 @@
 import math
 
-from rayltr.choice import ablated, best, finalists, repeated, rung_of
+import pytest
+
+from rayltr.choice import ACCURACY, ENOUGH, NLL, ablated, best, criterion, finalists, ranked, repeated, rung_of
 
 
-def row(trial, balanced, many, few, nll=1.0, state="complete", arm="study"):
-    scores = {"fitted_balanced": balanced, "fitted_many": many, "fitted_few": few, "fitted_nll": nll}
+def row(trial, balanced, many, few, nll=1.0, state="complete", arm="study", **more):
+    scores = {"fitted_balanced": balanced, "fitted_many": many, "fitted_few": few, "fitted_nll": nll, **more}
     return {"trial": trial, "state": state, "p.arm": arm, **{f"m.val.{name}": value for name, value in scores.items()}}
 
 
@@ -50,3 +52,46 @@ def test_an_ablation_is_told_by_its_name_whatever_its_run_is_called():
     told = {"0007": "", "0007.1+2": "", "0007+1-mixing": "mixing", "a+b-c/0007.1+1-tau-norm": "tau-norm", "a-b/7": ""}
     assert {trial: ablated(row(trial, 0.5, 0.5, 0.5)) for trial in told} == told
     assert best([CONTROL, row("0001", 0.6, 0.6, 0.6), row("0001+1-loss", 0.9, 0.9, 0.9)])["balanced"]["trial"] == "0001"
+
+
+def judged(trial, accuracy, nll, images=ENOUGH - 1, arm="study"):
+    """The same accuracy in all groups; NLLs on balance, of many and of few."""
+    groups = {"fitted_many_nll": nll[1], "fitted_few_nll": nll[2], "fewest_images": images}
+    return row(trial, accuracy, accuracy, accuracy, nll[0], arm=arm, **groups)
+
+
+@pytest.mark.parametrize(
+    ("images", "by", "why"),
+    [
+        ([20, 20], ACCURACY, "every measured class has at least 20 validation images"),
+        ([19, 19], NLL, "some classes have only 19 validation images; below 20"),
+        ([1, 1], NLL, "only 1 validation image;"),
+        ([19, None], ACCURACY, "do not say on how many images"),
+        ([], ACCURACY, "do not say on how many images"),
+    ],
+)
+def test_accuracy_decides_where_every_class_has_images_enough_or_older_records_do_not_say(images, by, why):
+    rows = [judged(f"{i:04d}", 0.5, (1.0, 1.0, 1.0), n) for i, n in enumerate(images)]
+    unmeasured = [judged("d", math.nan, (math.nan,) * 3, math.nan), row("f", None, None, None, state="failed")]
+    found = criterion([*rows, *unmeasured])
+    assert found.by == by and why in found.why
+
+
+@pytest.mark.parametrize(
+    ("images", "chosen", "order"),
+    [
+        (ENOUGH, {"balanced": "a", "many": "a", "few": "a", "control": "c"}, "abdc"),
+        (ENOUGH - 1, {"balanced": "b", "many": "d", "few": "b", "control": "c"}, "bdca"),
+    ],
+)
+def test_one_rule_decides_the_choices_what_is_worthy_the_order_and_the_finalists(images, chosen, order):
+    rows = [
+        judged("c", 0.5, (1.2, 1.0, 1.5), images, "control"),
+        judged("a", 0.8, (1.3, 0.1, 0.2), images),  # on balance, the NLL puts it behind the control
+        judged("b", 0.7, (1.0, 0.9, 1.1), images),
+        judged("d", 0.6, (1.1, 0.8, 1.4), images),
+    ]
+    assert names(rows) == chosen
+    assert "".join(found["trial"] for found in ranked(rows)) == order
+    kept = dict.fromkeys([chosen["balanced"], chosen["many"], chosen["few"], *order])
+    assert [found["trial"] for found in finalists(rows, 2)] == [*[*kept][:2], "c"]

@@ -1,16 +1,23 @@
 """What a trial of several workers makes of errors, without any workers; with them see test_search and test_kills."""
 
 import ast
+import subprocess
+import sys
+import threading
+import time
 import tomllib
+from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
+from ray import train
 
-from rayltr import cluster, trial
+from rayltr import cluster, machines, parallel, trial
 from rayltr.actor import verdict
 from rayltr.interface import Diverged
+from rayltr.machines import Lost
 
 
 class Gone(Exception):
@@ -62,10 +69,10 @@ def test_what_ends_all_workers_alike_is_no_reason_to_start_them_again(monkeypatc
         raise error
 
     monkeypatch.setattr(trial, "for_search", ends)
-    monkeypatch.setattr(cluster, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(parallel, "joined", lambda *arguments: nullcontext())
     monkeypatch.setattr(cluster.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: rank))
-    told = []
-    config = {"queue": SimpleNamespace(put=told.append), "settings": None, "name": "0000", "params": {}}
+    told, settings = [], SimpleNamespace(gpus=0, workers=2)
+    config = {"queue": SimpleNamespace(put=told.append), "settings": settings, "name": "0000", "params": {}}
     found = cluster.loop(config)
     if rank:
         assert found is None and not told
@@ -92,7 +99,46 @@ class Relay:
         self.records = None
 
 
-def test_workers_that_are_started_again_are_told_of():
+@pytest.fixture
+def placed(monkeypatch):
+    """Where the workers were placed, by group; the machine `m2` is gone."""
+    places = {"a": {"m1", "m2"}, "b": {"m1", "m3"}}
+    monkeypatch.setattr(cluster, "homes", places.__getitem__)
+    monkeypatch.setattr(cluster, "gone", lambda node: node == "m2")
+    return places
+
+
+def failing(error):
+    def fit():
+        raise error
+
+    return SimpleNamespace(fit=fit)
+
+
+@pytest.mark.parametrize("cause", [Gone(), RuntimeError("connection closed by peer")])
+def test_a_worker_that_is_lost_with_its_machine_is_no_fault_of_the_trial(placed, cause):
+    with pytest.raises(Lost, match="a machine of the workers was lost") as found:
+        cluster.relayed(failing(Failed(cause)), Relay({"reserved": "a"}), lambda record: None)
+    assert verdict(found.value, "/runs/own") == "lost"
+
+
+def test_a_machine_that_the_workers_had_left_before_they_died_is_no_excuse(placed):
+    with pytest.raises(MemoryError):
+        cluster.relayed(failing(Failed(Gone())), Relay({"reserved": "a"}, {"reserved": "b"}), lambda record: None)
+
+
+def test_a_trial_that_waits_for_machines_can_be_told_to_stop(placed):
+    waiting = SimpleNamespace(fit=threading.Event().wait)
+    with pytest.raises(InterruptedError):
+        cluster.relayed(waiting, Relay(), lambda record: None, lambda: True)
+
+
+def test_workers_that_have_begun_stop_by_themselves(placed):
+    trainer = SimpleNamespace(fit=lambda: time.sleep(0.2) or SimpleNamespace(return_value={"trained": 1}))
+    assert cluster.relayed(trainer, Relay({"reserved": "a"}), lambda record: None, lambda: True) == {"trained": 1}
+
+
+def test_workers_that_are_started_again_are_told_of(placed):
     told = []
     queue = Relay({"reserved": "a"}, {"epoch": 1}, {"reserved": "b"}, {"epoch": 1})
     trainer = SimpleNamespace(fit=lambda: SimpleNamespace(return_value={"trained": 1}))
@@ -109,6 +155,21 @@ def test_ray_is_installed_with_the_part_that_frees_the_machines_of_stopped_worke
     (ray,) = [text for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
               if text.startswith("ray")]  # fmt: skip
     assert {"default", "tune", "train"} <= set(ray[ray.index("[") + 1 : ray.index("]")].split(","))
+
+
+def test_the_processes_that_only_wait_for_the_workers_do_without_torch():
+    """It takes seconds to load, and each of them would delay the first step of a trial by as much."""
+    code = "import sys, rayltr.actor, rayltr.cluster; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_parts_of_ray_train_that_are_left_out_are_there():
+    def parts(kind):
+        made = kind(print, scaling_config=train.ScalingConfig(num_workers=2))
+        return {type(part).__name__ for part in made._create_default_callbacks()}
+
+    assert parts(cluster.DataParallelTrainer) - parts(cluster.Trainer) == cluster.UNUSED
+    assert callable(import_module(machines.COORDINATOR).get_or_create_autoscaling_coordinator)
 
 
 @pytest.mark.parametrize("name", ["TuneReportCallback", "OptunaSearch", "ASHAScheduler", "metrics", "restore"])

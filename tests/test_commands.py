@@ -280,6 +280,22 @@ def test_what_is_no_python_file_is_no_study(refused, tmp_path):
         assert "bag_of_tricks" in error and error.count("\n") == 1
 
 
+INFORMATION = "Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 0\nGPU UUID: \t GPU-1\n"
+
+
+def test_a_run_knows_the_machine_that_it_was_begun_on(tuned, tmp_path, monkeypatch):
+    for slot in ("0000:01:00.0", "0000:02:00.0"):
+        (tmp_path / "nvidia/gpus" / slot).mkdir(parents=True)
+        (tmp_path / "nvidia/gpus" / slot / "information").write_text(INFORMATION)
+    monkeypatch.setattr(command, "NVIDIA", tmp_path / "nvidia")
+    (tmp_path / "mine.py").write_text(HEAD + "def space(trial): return stage()")
+    tuned(lambda settings: False)
+    command.run(search.main, ["mine.py", "--storage", "runs", "--name", "run"])
+    machine = records.read_run("runs/run")["machine"]
+    assert machine == {"processor": command.processor(), "gpus": ["NVIDIA H100 80GB HBM3"] * 2}
+    assert machine["processor"]
+
+
 def test_the_data_are_those_of_the_study_not_of_the_control(tuned, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(HEAD + "def space(trial): return stage()")
     tuned(lambda settings: False)

@@ -147,6 +147,7 @@ def test_a_signal_to_all_processes_ends_a_search_with_the_command_to_go_on(tmp_p
     assert search.ended(within=30) == 130
     assert "--resume" in search.said()
     assert search.start("--resume", "--trials", "1").ended() == 0
+    assert set(search.rows()) == {"0000"}, "of three that the run has proposals for"
 
 
 @pytest.fixture

@@ -145,13 +145,18 @@ def processes(search, title):
     return [process for process in family if title in " ".join(process.cmdline())]
 
 
+def stored(search):
+    """The stages that have a snapshot; for a moment they have two, as the last one goes when the next is there."""
+    return {path.parent for path in search.run.glob("store/*/*.snapshot.json")}
+
+
 @pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_the_trial_goes_on(tmp_path):
     search = Search(
         study(tmp_path), tmp_path / "runs", "--workers", "2", "--snapshot-seconds", "0", trials=1, epochs=60
     )
     search.start()
-    wait(lambda: list(search.run.glob("store/*/*.snapshot.json")))
+    wait(lambda: stored(search))
     processes(search, "RayTrainWorker")[0].kill()
     assert search.ended() == 0
     assert "0000 lost a worker; its workers go on from the last snapshot" in search.said()
@@ -168,7 +173,7 @@ def test_trials_of_a_killed_process_are_run_again_one_by_one(tmp_path):
     more = ("--concurrent", "1", "--stack", "3", "--snapshot-seconds", "0")
     search = Search(path, tmp_path / "runs", *more, epochs=120)
     search.start()
-    wait(lambda: len(list(search.run.glob("store/*/*.snapshot.json"))) == 3)
+    wait(lambda: len(stored(search)) == 3)
     (process,) = processes(search, "ray::ImplicitFunc.train")
     process.kill()
     assert search.ended() == 0
@@ -189,7 +194,7 @@ def test_a_lost_machine_costs_its_trial_nothing_but_time(tmp_path):
         )  # fmt: skip
         search.start().until("3 trials to run, 2 at once")
         machines = [cluster.add_node(num_cpus=1) for _ in range(2)]
-        wait(lambda: len(list(search.run.glob("store/*/*.snapshot.json"))) == 2)
+        wait(lambda: len(stored(search)) == 2)
         machines[1].all_processes["raylet"][0].process.kill()
         assert search.ended() == 0
     finally:
@@ -200,3 +205,31 @@ def test_a_lost_machine_costs_its_trial_nothing_but_time(tmp_path):
     assert len(rows) == 3 and not any(row["again"] for row in rows.values())
     assert sum(row["epochs_resumed"] > 0 for row in rows.values()) == 1
     each_epoch_once(search, 160)
+
+
+@pytest.mark.slow
+def test_machines_lost_with_a_worker_cost_a_trial_nothing_but_time(tmp_path):
+    """Three times one of two machines goes, and another comes; Ray Train itself starts the workers again once only."""
+    told = ("lost a worker; its workers go on", "is run again: its machine was lost")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "resources": {DRIVER: 10}})
+    try:
+        search = Search(
+            study(tmp_path), tmp_path / "runs", "--address", cluster.address, "--concurrent", "1",
+            "--workers", "2", "--gpus-per-trial", "0", "--snapshot-seconds", "0", trials=1, epochs=40,
+        )  # fmt: skip
+        search.start().until("1 trials to run, 1 at once")
+        machines = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        for losses in range(1, 4):
+            begun = search.said().count("epoch ")
+            wait(lambda begun=begun: search.said().count("epoch ") > begun)
+            machines.pop(0).all_processes["raylet"][0].process.kill()
+            machines.append(cluster.add_node(num_cpus=1))
+            wait(lambda losses=losses: sum(map(search.said().count, told)) == losses)
+        assert search.ended() == 0
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert search.said().count("is run again: its machine was lost") == 1 and "alone" not in search.said()
+    (row,) = search.rows().values()
+    assert not row["again"] and row["epochs_resumed"] > 0
+    each_epoch_once(search, 40)

@@ -45,7 +45,7 @@ ONLY = {
     "plotly": {"analysis"},
     "torch": AXES - {"rayltr.data"} | {f"rayltr.{name}" for name in (
         "interface", "methods", "build", "train", "rehearsal", "store", "folding", "shipping", "ensemble",
-        "cluster", "sharded", "hardest", "ahead", "stacked", "compiled", "transformers", "inspect", "adapt")},
+        "sharded", "hardest", "ahead", "stacked", "compiled", "transformers", "inspect", "adapt")},
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from rayltr import catalogue, records, sampling
 from rayltr.claims import go_on, told_to_stop
-from rayltr.ledger import LOSSES, Ledger, Settings
+from rayltr.ledger import LOSSES, Ledger, Settings, death
 from rayltr.proposals import Proposals
 from rayltr.studies import Plan, rungs
 
@@ -22,6 +22,7 @@ def control(trial):
 GOOD = {"final": 1, "state": "complete", "metrics": {"fitted_nll": 0.5}, "trained": 27, "resumed": 0, "started": 0.0,
         "epochs": [], "node": "n"}  # fmt: skip
 FULL_DISK = {"final": 1, "state": "interrupted", "error": "OSError: no space", "started": 0.0, "node": "n"}
+DEAD = death("The actor died unexpectedly before finishing this task.\n\tpid: 1\nWorker exit type: SYSTEM_ERROR")
 FAILED = {**FULL_DISK, "state": "failed", "error": "ValueError: no", "traceback": "Traceback ..."}
 
 
@@ -45,7 +46,7 @@ def rows(ledger):
 
 def over(ledger, trial_id, result):
     ledger.heard(trial_id, result)
-    ledger.end(trial_id, died=False)
+    ledger.end(trial_id)
 
 
 def test_a_trial_that_ends_is_recorded_and_told(ledger):
@@ -64,13 +65,38 @@ def test_an_error_in_a_trial_is_its_result(ledger):
 
 def test_a_process_that_dies_is_given_a_second_chance_alone_and_no_third(ledger):
     ledger.begin("a")
-    ledger.end("a", died=True)
+    ledger.end("a", DEAD)
     assert not rows(ledger)
     again = ledger.begin("b")
     assert (again.number, again.again) == (0, True) and ledger.begin("c") is None
-    ledger.end("b", died=True)
+    ledger.end("b", DEAD)
     row = rows(ledger)["0000"]
-    assert (row["state"], row["again"]) == ("failed", True) and "process of the trial died" in row["error"]
+    assert (row["state"], row["again"]) == ("failed", True)
+    assert "Worker exit type: SYSTEM_ERROR\nthe process of the trial died" in row["error"]
+
+
+IMPORT = """Failure # 1
+The actor died unexpectedly before finishing this task.
+Worker exit detail: Worker exits unexpectedly. Traceback (most recent call last):
+  File "function_manager.py", line 657, in temporary_actor_method
+RuntimeError: The actor with name ImplicitFunc failed to import on the worker.
+
+  File "proposals.py", line 10, in <module>
+ModuleNotFoundError: No module named 'optuna'
+
+An unexpected internal error occurred while the worker was executing a task.
+"""
+
+
+def test_what_a_process_cannot_even_begin_with_is_recorded_as_it_is(ledger):
+    ledger.begin("a")
+    ledger.end("a", death(IMPORT))
+    assert ledger.said[-1] == "  0000 is run again, alone: ModuleNotFoundError: No module named 'optuna'"
+    ledger.begin("b")
+    ledger.end("b", death(IMPORT))
+    error = rows(ledger)["0000"]["error"]
+    assert "killed" not in error and 'File "proposals.py", line 10' in error
+    assert error.splitlines()[-1] == "ModuleNotFoundError: No module named 'optuna'", "what is said of it"
 
 
 def test_a_lost_machine_is_no_fault_of_its_trial_until_it_is_one_too_many(ledger):
@@ -78,15 +104,29 @@ def test_a_lost_machine_is_no_fault_of_its_trial_until_it_is_one_too_many(ledger
     for time in range(LOSSES):
         job = ledger.begin(f"a{time}")
         assert (job.number, job.again) == (0, False)
-        ledger.end(f"a{time}", died=True, lost=True)
+        ledger.end(f"a{time}", DEAD, lost=True)
         assert f"  {job.trial} is run again: its machine was lost" in ledger.said
     ledger.begin("b")
     assert ledger.begin("c").number == 1, "others run beside it"
     over(ledger, "c", GOOD)
-    ledger.end("b", died=True, lost=True)
+    ledger.end("b", DEAD, lost=True)
     again = ledger.begin("d")
     assert (again.number, again.again) == (0, True)
-    ledger.end("d", died=True, lost=True)
+    ledger.end("d", DEAD, lost=True)
+    assert rows(ledger)["0000"]["state"] == "failed"
+
+
+def test_workers_that_are_lost_with_their_machine_are_no_fault_of_the_trial_either(ledger):
+    """Its own process lives, and tells."""
+    lost = {**FULL_DISK, "state": "lost", "error": "Lost: a machine of the workers was lost"}
+    for time in range(LOSSES):
+        assert not ledger.begin(f"a{time}").again
+        over(ledger, f"a{time}", lost)
+        assert ledger.said[-1] == "  0000 is run again: its machine was lost"
+    ledger.begin("b")
+    over(ledger, "b", lost)
+    assert ledger.begin("c").again
+    over(ledger, "c", lost)
     assert rows(ledger)["0000"]["state"] == "failed"
 
 
@@ -106,7 +146,7 @@ def test_a_search_that_is_told_to_stop_waits_for_what_has_begun_and_records_noth
     assert not ledger.left(), "the first trial has begun, and has something to store"
     over(ledger, "a", {**FULL_DISK, "error": "InterruptedError: told to stop"})
     assert ledger.left() and not ledger.over(), "the second only waits for a machine"
-    ledger.end("b", died=True)
+    ledger.end("b", DEAD)
     assert ledger.over() and ledger.open and not rows(ledger)
     go_on(run)
     assert not told_to_stop(run)

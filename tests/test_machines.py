@@ -19,9 +19,11 @@ import ray
 import torch
 from ray._private import ray_constants
 from ray.cluster_utils import Cluster
+from ray.util.queue import Queue
 from torch import distributed
 
 from rayltr.machines import DRIVER, Shortage, answers, connect, fitted, gone, share_of_gpu
+from rayltr.parallel import joined
 
 psutil = import_module("psutil")  # Ray brings a copy along, which is found once Ray is imported
 
@@ -61,19 +63,22 @@ def test_an_open_socket_is_recognised(address):
 
 
 @ray.remote(num_cpus=0.5)
-def worker(rank: int, port: int) -> set[tuple[str, str, int]]:
+def worker(rank: int, queue: Queue) -> set[tuple[str, str, int]]:
     """One of the two workers of a trial: what its process listens on while they train."""
-    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
-    distributed.all_reduce(torch.ones(1))
-    found = listening([psutil.Process()])
-    distributed.barrier()
-    distributed.destroy_process_group()
+
+    def told(address):
+        return queue.get() if rank else queue.put(address) or address
+
+    with joined("gloo", rank, 2, ray.util.get_node_ip_address(), told):
+        distributed.all_reduce(torch.ones(1))
+        found = listening([psutil.Process()])
+        distributed.barrier()
     return found
 
 
 @pytest.mark.slow
 def test_a_local_ray_listens_on_the_loopback_address_alone(left_alone):
-    """Ray's services, dashboard, agents, metrics, the driver and a worker; gloo too, but not torch's store."""
+    """Ray's services, dashboard, agents, metrics, the driver and a worker; gloo and torch's store, too."""
     own = psutil.Process()
     before = listening([own])
     dashboard = connect(None, dashboard=True)
@@ -86,12 +91,10 @@ def test_a_local_ray_listens_on_the_loopback_address_alone(left_alone):
     assert int(dashboard.split(":")[1]) in {port for _, _, port in found}
     assert not [each for each in found if open_to_the_network(each[1])]
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        store = free.getsockname()[1]
-    trial = set().union(*ray.get([worker.remote(rank, store) for rank in range(2)]))
-    assert len(trial) > 3  # each worker's own port and gloo's, and the store
-    assert {port for _, address, port in trial if open_to_the_network(address)} <= {store}
+    queue = Queue(actor_options={"num_cpus": 0})
+    trial = set().union(*ray.get([worker.remote(rank, queue) for rank in range(2)]))
+    assert len(trial) > 4  # each worker's own port and gloo's, and the store
+    assert not [each for each in trial if open_to_the_network(each[1])]
 
 
 def test_joining_a_cluster_changes_nothing_about_the_network(left_alone, monkeypatch):

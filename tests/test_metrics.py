@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.special import logsumexp
 from sklearn.metrics import balanced_accuracy_score
 
 from rayltr import metrics
@@ -185,8 +186,25 @@ def test_summary_agrees_with_its_parts():
     corrected = z / temperature - tau * np.log(counts / counts.sum())
     assert summary["ece"] == metrics.ece(z, target)
     assert summary["fitted_ece"] == pytest.approx(metrics.ece(corrected, target), abs=1e-6)
+    loss = logsumexp(corrected, axis=1) - corrected[np.arange(len(z)), target]
+    by_class = [loss[target == c].mean() for c in range(12)]
+    assert summary["fitted_nll"] == pytest.approx(np.mean(by_class), abs=1e-5)
+    for name, members in groups.items():
+        assert summary[f"fitted_{name}_nll"] == pytest.approx(np.mean([by_class[c] for c in members]), abs=1e-5)
+    assert summary["fewest_images"] == np.bincount(target).min()
     per_class = metrics.class_accuracy(pred, target, 12)
     assert summary["fitted_worst_decile"] == per_class.min() > summary["worst_decile"]
+
+
+def test_a_class_without_images_is_no_part_of_the_nll_of_its_group():
+    z, target, counts = long_tailed()
+    groups, kept = metrics.groups(counts)[0], target != 11
+    assert 11 in groups["few"]
+    rest = {**groups, "few": np.setdiff1d(groups["few"], [11]), "gone": np.array([11])}
+    found, expected = (metrics.group_nll(z[kept], target[kept], own) for own in (groups, rest))
+    assert {name: expected[name] for name in groups} == found and np.isnan(expected["gone"])
+    summary = metrics.summary(z[kept], target[kept], counts, groups)
+    assert summary["fewest_images"] == np.bincount(target[kept])[:11].min() > 0
 
 
 def test_sweep_passes_through_the_raw_and_the_fitted_scores():

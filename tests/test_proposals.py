@@ -89,6 +89,19 @@ def test_more_trials_can_be_added(tmp_path, plan):
     assert [job.number for job in iter(opened(tmp_path, plan, 5).propose, None)] == [3, 4]
 
 
+def test_fewer_trials_can_be_asked_for_and_the_others_later(tmp_path, plan):
+    begun = opened(tmp_path, plan, 6)
+    open_again = [begun.propose() for _ in range(2)]
+    fewer = opened(tmp_path, plan, 4)
+    jobs = [*iter(fewer.propose, None)]
+    assert [job.number for job in jobs] == [0, 1, 2, 3] and jobs[:2] == open_again
+    for job in jobs:
+        recorded(tmp_path, job, 0.1)
+        fewer.tell(job.asked, [0.1])
+    assert opened(tmp_path, plan, 3).agenda("none", 0).finished()
+    assert [job.number for job in iter(opened(tmp_path, plan, 6).propose, None)] == [4, 5]
+
+
 def test_the_agenda_knows_the_past(tmp_path, plan):
     made = opened(tmp_path, plan, 10, "schedules")
     agenda = made.agenda("schedules", 0)

@@ -10,6 +10,7 @@ import pytest
 from rayltr import records
 from rayltr.agenda import Agenda, Job
 from rayltr.interface import Resources
+from rayltr.ledger import death
 from rayltr.spec import Stage, fn, parse
 from rayltr.store import Store
 from rayltr.trial import run
@@ -55,19 +56,19 @@ def test_a_trial_of_a_bundle_is_recorded_when_it_ends_and_its_process_goes_on(wi
     assert bundled(wide, "b")[0].number == 2 and wide.begin("c") is None
     wide.heard("a", {**GOOD, "trial": one.trial})
     assert set(rows(wide)) == {two.trial}, "the process has one trial, and that ends with it"
-    wide.end("a", died=False)
-    wide.end("b", died=True)
+    wide.end("a")
+    wide.end("b", death(""))
     assert set(rows(wide)) == {one.trial, two.trial} and not wide.jobs
 
 
 def test_what_is_left_of_a_bundle_that_dies_is_repeated_each_alone(wide):
     bundled(wide, "a")
-    wide.end("a", died=True)
+    wide.end("a", death(""))
     for name in ("b", "c"):
         (job,) = bundled(wide, name)
         assert job.again and wide.begin("other") is None
         wide.heard(name, {**GOOD, "trial": job.trial})
-        wide.end(name, died=False)
+        wide.end(name)
     assert set(rows(wide)) == {"0000", "0001"} and all(row["again"] for row in rows(wide).values())
 
 
@@ -75,7 +76,7 @@ def test_memory_that_was_too_small_for_a_bundle_may_do_for_each(wide):
     one, two = bundled(wide, "a")
     for job in (one, two):
         wide.heard("a", {**FULL_DISK, "state": "memory", "error": "out of memory", "trial": job.trial})
-    wide.end("a", died=False)
+    wide.end("a")
     assert not rows(wide)
     again = bundled(wide, "b")
     assert len(again) == 1 and again[0].again
@@ -87,7 +88,7 @@ def test_a_bundle_that_is_told_to_stop_leaves_all_its_trials_open(wide):
     assert not wide.left() and not wide.beside("a")[2:]
     for job in jobs:
         wide.heard("a", {**FULL_DISK, "error": "InterruptedError: told to stop", "trial": job.trial})
-    wide.end("a", died=False)
+    wide.end("a")
     assert wide.open and wide.over() and not rows(wide)
 
 
@@ -101,7 +102,7 @@ def test_a_disk_that_takes_no_record_of_a_bundled_trial_ends_the_search(wide, mo
     wide.heard("a", {**GOOD, "trial": one.trial})
     assert wide.error.errno == 28
     wide.heard("a", {**GOOD, "trial": two.trial})
-    wide.end("a", died=False)
+    wide.end("a")
     assert wide.over()
 
 

@@ -1,5 +1,7 @@
 """The search itself, as far as it needs no Ray; with Ray see test_search, test_faults and test_kills."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from rayltr import tuning
@@ -28,6 +30,34 @@ from rayltr.studies import Plan
 )
 def test_what_the_machine_did_is_no_verdict_on_the_recipe(error, state):
     assert verdict(error, "/runs/own") == state
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    """A ledger that remembers what it is told, on machines of which `away` is gone."""
+    ended, released = [], []
+    monkeypatch.setattr(tuning, "gone", lambda node: node == "away")
+    monkeypatch.setattr(tuning, "release", released.append)
+    return SimpleNamespace(nodes={}, reserved={}, end=lambda *what, **more: ended.append((what, more)),
+                           ended=ended, released=released)  # fmt: skip
+
+
+@pytest.mark.parametrize(("node", "lost"), [("here", False), ("away", True), (None, False)])
+def test_a_trial_whose_process_dies_ends_once_with_what_ray_says_of_it(heard, tmp_path, node, lost):
+    heard.nodes, heard.reserved = {"a": node} if node else {}, {"a": "group"}
+    (tmp_path / "error.txt").write_text("Traceback\nImportError: no such thing")
+    tuning.Agent(heard).on_trial_complete("a", error=True)
+    tuning.Listener(heard).on_trial_error(1, [], SimpleNamespace(trial_id="a", error_file=tmp_path / "error.txt"))
+    (((trial, died), more),) = heard.ended
+    assert (trial, died["error"], more["lost"]) == ("a", "ImportError: no such thing", lost)
+    assert heard.released == ["group"]
+
+
+def test_what_a_trial_held_for_its_workers_is_given_back_however_it_ends(heard):
+    """Its workers' own process may have died and left it; nothing would ever run there again."""
+    heard.reserved = {"a": "group"}
+    tuning.Agent(heard).on_trial_complete("a", {})
+    assert heard.released == ["group"] and heard.ended == [(("a",), {})] and not heard.reserved
 
 
 class Seen:

@@ -98,7 +98,7 @@ def errors(states: Mapping[str, Calibration]) -> Table:
             rows.append([text(state), text(group), percent(part.ece), percent(part.debiased), inner,
                          points(found.gap[group]), number(None)])  # fmt: skip
     columns = ["what", "predicted group", "ECE %", "ECE without noise %", "ECE class by class %"]
-    return Table([*columns, "confidence − accuracy by true group, points", "balanced NLL"], rows)
+    return Table([*columns, "gap by true group, points", "balanced NLL"], rows)
 
 
 NAMES = {"none": "none", "one": "one for all", "groups": "one by predicted group"}

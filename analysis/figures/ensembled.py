@@ -18,7 +18,7 @@ def growth(found: Ensembles) -> Figure | None:
     if len(found.growth) < 2:
         return None
     sizes = list(range(1, len(found.growth) + 1))
-    out = [score.out_balanced for score in found.growth]
+    out = [score.balanced for score in found.growth]
     hover = [
         f"at most {n}: {100 * o.value:.1f} % balanced, {duration(s.cost).text} of training"
         for n, o, s in zip(sizes, out, found.growth, strict=True)
@@ -52,9 +52,9 @@ def growth(found: Ensembles) -> Figure | None:
 def scores(found: Sequence[Score]) -> Table:
     """Ways to predict: what each is worth, by cross-fitting and on all images, and what it costs."""
     rows = [
-        [text(score.name), number(len(score.members), "d"), ranged(score.out_balanced), gained(score.gain_balanced),
-         *(gained(score.gain_groups[group]) for group in GROUPS), number(score.out_nll.value, ".3f"),
-         percent(score.balanced), *(percent(score.groups[group]) for group in GROUPS), number(score.nll, ".3f"),
+        [text(score.name), number(len(score.members), "d"), ranged(score.balanced), gained(score.gain_balanced),
+         *(gained(score.gain_groups[group]) for group in GROUPS), number(score.nll.value, ".3f"),
+         *(percent(score.whole[name]) for name in ("balanced", *GROUPS)), number(score.whole["nll"], ".3f"),
          number(score.passes, "d"), duration(score.cost), text(", ".join(score.members))]
         for score in found
     ]  # fmt: skip

@@ -20,14 +20,19 @@ Floats = NDArray[np.float64]
 MARGIN = 0.03
 """The space around the front and the trials; tau curves may leave the picture."""
 
+CROSSFITTED = (
+    " The ensemble is shown as it scores on images that neither chose its members nor fitted their weights; trials and "
+    "front are as measured."
+)
+
 STEPS = 6
 """The area is estimated after about so many numbers of trials."""
 
 
-def head_tail(evidence: Evidence, ensemble: dict[str, float] | None) -> Figure | None:
+def head_tail(evidence: Evidence, ensemble: dict[str, Estimate] | None) -> Figure | None:
     """Accuracy on many classes against few, all trials and every tau; None if nothing was measured.
 
-    ensemble: the scores of the best one by group, if there is one.
+    ensemble: the cross-fitted scores of the best one by group, if there is one.
     """
     shown = evidence.both
     if not shown:
@@ -59,7 +64,7 @@ def head_tail(evidence: Evidence, ensemble: dict[str, float] | None) -> Figure |
         title="Every trial, at every τ",
         html=draw.html(figure, "front"),
         says=f"Scatter plot of {counted(len(shown), 'trial')}: validation accuracy on many- against few-shot classes.",
-        caption=_caption(evidence),
+        caption=_caption(evidence) + (CROSSFITTED if ensemble else ""),
         keys=[
             Key(f"front over all trials and τ{crosses}", GREEN, "triangle-up", 3),
             Key("trial at its fitted τ (larger: better on medium classes)", BLUE, "circle"),
@@ -67,9 +72,9 @@ def head_tail(evidence: Evidence, ensemble: dict[str, float] | None) -> Figure |
             Key("its τ curve", SKY, line=1),
             *([Key("control arm (open: raw), τ curve of its best trial", VERMILION, "diamond", 2)] if control else []),
             *([Key("reached by half of the fresh seeds", ORANGE, line=2, dash=True)] if len(surface) else []),
-            *([Key("best ensemble", PURPLE, "star")] if ensemble else []),
+            *([Key("best ensemble, cross-fitted, with 95 % intervals", PURPLE, "star", 1.5)] if ensemble else []),
         ],
-        table=_table(evidence, shown),
+        table=_table(evidence, shown, ensemble),
     )  # fmt: skip
 
 
@@ -87,12 +92,15 @@ def _caption(evidence: Evidence) -> str:
     return found
 
 
-def _table(evidence: Evidence, shown: Sequence[Trial]) -> Table:
+def _table(evidence: Evidence, shown: Sequence[Trial], ensemble: dict[str, Estimate] | None) -> Table:
     rows = [
         [text("front"), text(spot.trial.id), number(spot.tau, ".1f"), *(ranged(spot.scores[name]) for name in GROUPS),
          percent(spot.share, 0)]
         for spot in evidence.front
     ]  # fmt: skip
+    if ensemble:
+        cells = [ranged(ensemble[name]) for name in GROUPS]
+        rows.append([text("best ensemble, cross-fitted"), text(None), number(None), *cells, number(None)])
     for trial in shown:
         for kind, tau, prefix in (("fitted", trial.val["tau"], "fitted_"), ("raw", 0.0, "")):
             cells = [percent(trial.val[f"{prefix}{name}"]) for name in GROUPS]
@@ -149,7 +157,8 @@ def _control(trial: Trial) -> list[go.Scatter]:
     points = trial.points()
     hover = [_hover(f"control {trial.id}", tau, xy) for tau, *xy in points]
     ends = np.array([[trial.val["many"], trial.val["few"]], _fitted(trial)])
-    marks = {"symbol": ["diamond-open", "diamond"], "size": 11, "color": VERMILION, "line": {"width": 2}}
+    marks = {"symbol": ["diamond-open", "diamond"], "size": 11, "color": VERMILION,
+             "line": {"width": 2, "color": VERMILION}}  # fmt: skip
     return [
         draw.scatter(100 * points[:, 1:], mode="lines", line={"color": VERMILION, "width": 2}, hovertext=hover),
         draw.scatter(100 * ends, mode="markers", marker=marks),
@@ -157,22 +166,23 @@ def _control(trial: Trial) -> list[go.Scatter]:
     ]
 
 
-def _ensemble(scores: dict[str, float]) -> list[go.Scatter]:
-    point = [100 * scores["many"], 100 * scores["few"]]
+def _ensemble(scores: dict[str, Estimate]) -> list[go.Scatter]:
+    many, few = scores["many"], scores["few"]
+    point, faint = [100 * many.value, 100 * few.value], draw.faint(PURPLE, 0.6)
     marks = {"symbol": "star", "size": 15, "color": PURPLE}
-    hover = [f"best ensemble: many {point[0]:.1f} %, few {point[1]:.1f} %"]
+    hover = [f"best ensemble, cross-fitted: many {point[0]:.1f} %, few {point[1]:.1f} %"]
+    crosses = {"error_x": draw.bars([many], faint), "error_y": draw.bars([few], faint)}
     return [
-        draw.scatter([point], mode="markers", marker=marks, hovertext=hover),
-        draw.label(point, "ensemble", "middle left"),
+        draw.scatter([point], mode="markers", marker=marks, hovertext=hover, **crosses),
+        draw.label(point, "ensemble"),
     ]
 
 
-def _view(evidence: Evidence, shown: Sequence[Trial], ensemble: dict[str, float] | None) -> tuple[Floats, Floats]:
-    """The corners of what is drawn: the front, its crosses and every trial, fitted and raw."""
+def _view(evidence: Evidence, shown: Sequence[Trial], ensemble: dict[str, Estimate] | None) -> tuple[Floats, Floats]:
+    """The corners of what is drawn: the front and the ensemble with their crosses, and every trial, fitted and raw."""
     points = [_fitted(trial) for trial in shown] + [(trial.val["many"], trial.val["few"]) for trial in shown]
-    points += [(s.scores["many"].low, s.scores["few"].low) for s in evidence.front]
-    points += [(s.scores["many"].high, s.scores["few"].high) for s in evidence.front]
-    points += [(ensemble["many"], ensemble["few"])] if ensemble else []
+    for scores in [*(spot.scores for spot in evidence.front), *([ensemble] if ensemble else [])]:
+        points += [(scores["many"].low, scores["few"].low), (scores["many"].high, scores["few"].high)]
     low, high = np.nanmin(points, axis=0), np.nanmax(points, axis=0)
     pad = np.maximum(MARGIN, 0.05 * (high - low))
     return 100 * (low - pad), 100 * (high + pad)

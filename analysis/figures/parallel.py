@@ -60,8 +60,9 @@ def recipes(
         title="All recipes",
         html=draw.html(figure, "recipes"),
         says="Parallel coordinates: one line per trial through its parameters to its balanced accuracy.",
-        caption="Every line is a trial; the darker, the higher its balanced accuracy at the fitted τ. Click a point to "
-        f"keep only the lines through it, on several axes if you like; click it again to let go.{_left(ids, ranked)}",
+        caption="Every line is a trial; the stronger, the higher its balanced accuracy at the fitted τ. Click a point "
+        "to keep only the lines through it, on several axes if you like; click it again to let "
+        f"go.{_left(ids, ranked)}",
         keys=[],
         table=Table(["trial", *ranked, "balanced %"], [
             [text(name), *(anything(own[key]) if own.get(key) is not None else text(None) for key in ranked),

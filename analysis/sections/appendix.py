@@ -21,7 +21,8 @@ DEFINITIONS = (
     ("many, medium, few", "groups of classes by number of training images; a group's score is the mean over classes"),
     ("τ (tau)", "logits z become z / T − τ · log(share of the class in training): 0 leaves the model as it is, 1 "
      "removes the training frequencies, more favours rare classes; fitted on validation, it costs no training"),
-    ("T, temperature", "divides the logits: above 1 the model becomes less confident; fitted together with τ"),
+    ("T, temperature", "divides the logits: above 1 the model becomes less confident; fitted together with τ, always "
+     "by the NLL, also where accuracy ranks the trials: accuracy moves in steps of single images and does not know T"),
     ("NLL", "negative log-likelihood in nats, here of the balanced classes at the fitted τ and T"),
     ("front", "trials and τ that no other beats on both many-shot and few-shot classes"),
     ("area", "the share of the square from 0 to 100 % in both accuracies that lies below the front"),

@@ -15,14 +15,11 @@ from analysis.load import Run
 from analysis.page import Deck, Light, Listing, Missing, Note, Section, Strip, blocks
 from analysis.tables import Table, counted, gained, number, percent, ranged, signed, text, thousands
 from rayltr import records
+from rayltr.choice import ENOUGH
 from rayltr.metrics import GROUPS, HOTTEST, TAUS
 
 TRIALS = 30
 """With fewer finished trials the search is a sample, and effects of single tricks are guesses."""
-
-NOISY = 20
-"""With fewer validation images per rare class, differences of a few points are noise."""
-
 
 BRINK = 0.01
 """A temperature this close to the end of its range, in logarithms, would go on if it could."""
@@ -48,8 +45,8 @@ def section(evidence: Evidence, cards: Sequence[Card]) -> Section:
 
 def ranked(evidence: Evidence) -> str:
     """By what the cards choose, and why."""
-    by = evidence.criterion.by
-    return f" Models are ranked by {by}, at their fitted τ and temperature: {evidence.criterion.why}."
+    found = evidence.run.criterion
+    return f" Models are ranked by {found.by}, at their fitted τ and temperature: {found.why}."
 
 
 def finalists(evidence: Evidence) -> Listing | None:
@@ -57,10 +54,10 @@ def finalists(evidence: Evidence) -> Listing | None:
     if not evidence.fresh or not evidence.paired:
         return None
     c = evidence.control if evidence.control in evidence.fresh else None
-    means = {i: own.value for i in evidence.fresh if (own := evidence.estimate(i, "balanced"))}
-    order = sorted(means, key=lambda i: -means[i])
+    merit = evidence.run.criterion.merit
+    worth = {i: np.mean([merit(one.judged, "balanced") for one in again]) for i, again in evidence.fresh.items()}
     rows = []
-    for i in order:
+    for i in sorted(worth, key=lambda i: -worth[i]):
         trial = evidence.trials[i]
         test = [again.test["balanced"] for again in evidence.fresh[i] if "balanced" in again.test]
         rows.append([text(f"{trial.id} (control)" if trial.control else trial.id), number(len(evidence.fresh[i]), "d"),
@@ -111,7 +108,7 @@ def facts(evidence: Evidence, cards: Sequence[Card]) -> list[tuple[str, str]]:
         "Seeds": ", ".join(map(str, sorted({s for t in run.trials if (s := t.row["seed"]) is not None}))),
         "Validation protocol": named(data.get("protocol"), "validation"),
         "Validation images per class": _images(run),
-        "Models ranked by": f"{evidence.criterion.by}: {evidence.criterion.why}" if evidence.trials else "",
+        "Models ranked by": f"{run.criterion.by}: {run.criterion.why}" if evidence.trials else "",
         "Optimism of the best balanced": _optimism(cards),
         "Smallest difference that shows": _resolution(evidence),
         "Test split opened": _openings([one for part in parts for one in part.info.get("openings") or []]),
@@ -157,7 +154,7 @@ def _resolution(evidence: Evidence) -> str:
 
 def _effort(run: Run) -> str:
     done = fidelity.effort(run.rows)
-    return f"{thousands(done.trained)} of {thousands(done.asked)} epochs asked" if done.asked and not run.parts else ""
+    return f"{thousands(done.trained)} of {thousands(done.asked)} epochs asked" if done.asked else ""
 
 
 def lights(evidence: Evidence) -> list[Light]:
@@ -208,9 +205,9 @@ def _images_missing(run: Run) -> list[Light]:
         found.append(Light("red", f"{sparse} classes have fewer than {SPARSE} validation images: what is said of the "
                            "tail is unreliable."))  # fmt: skip
     rare = images[run.groups["few"]]
-    if not sparse and len(rare) and rare[rare > 0].min(initial=NOISY) < NOISY:
+    if not sparse and len(rare) and rare[rare > 0].min(initial=ENOUGH) < ENOUGH:
         least = int(rare[rare > 0].min())
-        found.append(Light("amber", f"Rare classes have as few as {least} validation images; with fewer than {NOISY}, "
+        found.append(Light("amber", f"Rare classes have as few as {least} validation images; with fewer than {ENOUGH}, "
                            "differences of some points between trials are noise."))  # fmt: skip
     return found
 
@@ -235,10 +232,13 @@ def _search(evidence: Evidence) -> list[Light]:
 
 
 def _rungs(run: Run) -> list[Light]:
+    """Of several runs each by itself: a recipe's number means something within its run only."""
     return [
-        Light("amber", f"Short schedules ({percent(one.low, 0).text} % of the full length) ranked recipes poorly: "
-              f"Kendall's τ {one.tau:.2f} over {one.recipes} recipes. Good ones may have been dropped.")
-        for one in fidelity.agreement(run.rows)
+        Light("amber", f"Short schedules{' of ' + part.trials[0].run if run.parts else ''} "
+              f"({percent(one.low, 0).text} % of the full length) ranked recipes poorly: Kendall's τ {one.tau:.2f} "
+              f"over {one.recipes} recipes. Good ones may have been dropped.")
+        for part in run.parts or (run,)
+        for one in fidelity.agreement(part.rows)
         if one.family is None and one.poor
     ]  # fmt: skip
 

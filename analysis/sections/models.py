@@ -42,8 +42,8 @@ def calibrations(evidence: Evidence) -> Section:
         Note(_verdict(states["fitted"])), calibrated.reliability(states, trial.id),
         calibrated.by_group(states["fitted"], trial.id),
         Listing("calibration", "Calibration by group", calibrated.errors(states), "By the predicted group: errors of "
-                "what a user sees. By the true group: who is flattered (positive) or sold short; a perfectly "
-                "calibrated model has such gaps, too."),
+                "what a user sees. Gap by the true group, confidence minus accuracy: who is flattered (positive) or "
+                "sold short; a perfectly calibrated model has such gaps, too."),
         Listing("temperatures", "Is a temperature worth it?", calibrated.temperatures(worth), found),
     )  # fmt: skip
     return Section("calibration", title, "Calibration", parts)
@@ -103,7 +103,7 @@ def _twice(found: Ensembles) -> Listing | None:
     if again is None or own is None or single is None:
         return None
     rows = [
-        [text("cross-fitted"), ranged(single.out_balanced), ranged(own.out_balanced), gained(own.gain_balanced),
+        [text("cross-fitted"), ranged(single.balanced), ranged(own.balanced), gained(own.gain_balanced),
          _nats(own.gain_nll)],
         [text("chosen again"), ranged(again.single), ranged(again.ensemble), gained(again.gain), _nats(again.gain_nll)],
     ]  # fmt: skip
@@ -146,7 +146,7 @@ def _ladder(found: Ensembles) -> Listing | None:
     if not found.ladder:
         return None
     rows = [
-        [text(rung.name), number(rung.score.out_nll.value, ".3f"), _nats(rung.gain),
+        [text(rung.name), number(rung.score.nll.value, ".3f"), _nats(rung.gain),
          text("yes" if rung.accepted else "no")]
         for rung in found.ladder
     ]  # fmt: skip
@@ -161,7 +161,8 @@ def _ladder(found: Ensembles) -> Listing | None:
 def _nats(gain: Estimate | None) -> Cell:
     if gain is None:
         return number(None)
-    return Cell(f"{gain.value:.4f} [{gain.low:.4f}, {gain.high:.4f}]", gain.value, gain.low, gain.high)
+    shown = f"{gain.value:.4f} [{gain.low:.4f}, {gain.high:.4f}]".replace("-", "−")
+    return Cell(shown, gain.value, gain.low, gain.high)
 
 
 def _left_out(found: Ensembles) -> Note | None:

@@ -182,6 +182,19 @@ def forget(folder: Path, number: int, /, *names: str, **changes: object) -> None
     records.append_trial(folder, {**kept, **changes})
 
 
+def disagreeing(folder: Path, each: int) -> Path:
+    """A run with `each` validation images of a class; one trial has the best NLL, but not the best accuracy."""
+    make_run(folder, trials=12, classes=12, each=each, failed=0)
+    rows = records.read_trials(folder).to_pylist()[1:4]
+    worst = min(rows, key=lambda row: row["m.val.fitted_balanced"])
+    found = records.read_predictions(folder / worst["predictions_val"])
+    sure = found.logits["main"] + 1.5 * np.eye(12, dtype=np.float32)[found.target]  # seldom right, never far off
+    spoilt = np.where((np.arange(len(sure)) % 2)[:, None] == 0, 0.05 * sure, sure)
+    predictions(folder, worst["predictions_val"], found.counts, {"main": spoilt}, found.target)
+    change(folder, worst["number"], **recorded(spoilt, found.target, found.counts))
+    return folder
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """Ten trials on 100 classes: two of the control arm, one failed, two with test predictions."""

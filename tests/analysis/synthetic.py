@@ -48,26 +48,32 @@ def sample(
     tilt: float = 0.12,
     shared: float = 0.6,
     slides: Sequence[float] = (0.0,),
+    seeds: int = 1,
+    wobble: float = 0.0,
 ) -> Sample:
     """Trials of a study on `each` images per class of a long tail, three groups of classes.
 
     spread, tilt: standard deviations of the trials' skill at everything, and at rare as against frequent classes,
     in probits (0.045 is about 1.3 points of balanced accuracy).  slides: every trial at these amounts of skill moved
-    from frequent to rare classes, as tau does; its rows follow each other and share their luck.
+    from frequent to rare classes, as tau does; its rows follow each other and share their luck.  seeds: every trial
+    trained so often, with rows that follow each other, luck of their own and a skill that differs by `wobble`, a
+    standard deviation in probits; `truth` is the trial's, over all seeds.
     """
     random = np.random.default_rng(seed)
     rare = np.linspace(-1, 1, classes)
     base = 0.3 - 0.7 * rare + random.normal(0, 0.5, classes)
     skill = base + random.normal(0, spread, (trials, 1)) + random.normal(0, tilt, (trials, 1)) * rare
-    skill = skill + random.normal(0, 0.1, (trials, classes))
+    skill = np.repeat(skill + random.normal(0, 0.1, (trials, classes)), seeds, 0)
     target = np.repeat(np.arange(classes), each)
     luck = np.sqrt(shared) * random.normal(size=len(target))
-    luck = luck + np.sqrt(1 - shared) * random.normal(size=(trials, len(target)))
+    luck = luck + np.sqrt(1 - shared) * random.normal(size=(len(skill), len(target)))
     moved = np.asarray(slides, float)
     bent = moved[:, None] * rare - 0.5 * moved[:, None] ** 2  # the further, the more the whole suffers
     skills = skill[:, None] + bent
+    luck = luck + random.normal(0, wobble, (len(skill), 1))
     hits = (skills[:, :, target] + luck[:, None] > 0).reshape(-1, len(target))
-    return Sample(hits, target, norm.cdf(skills).reshape(-1, classes), thirds(classes))
+    truth = norm.cdf(skills / np.sqrt(1 + wobble**2))
+    return Sample(hits, target, truth.reshape(-1, classes), thirds(classes))
 
 
 def thirds(classes: int) -> dict[str, np.ndarray]:

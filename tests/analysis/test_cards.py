@@ -8,9 +8,11 @@ from analysis import cards, estimates, report, resample
 from analysis.cards import LOSS, export
 from analysis.evidence import Evidence
 from analysis.load import load
-from analysis.sections import decide
+from analysis.merging import merged
+from analysis.sections import decide, trade
 from rayltr import metrics, records
-from tests.analysis.conftest import change, make_run, predictions, recorded
+from rayltr.metrics import GROUPS
+from tests.analysis.conftest import change, disagreeing, make_run
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +114,9 @@ def test_the_commands_export_what_the_card_shows(evidence, deck):
 def test_the_ensemble_is_never_below_its_best_member_on_all_images(evidence, deck):
     card, claim = claims(deck)["Best ensemble"]
     assert evidence.ensembles.single is not None and evidence.ensembles.ensemble is not None
-    assert evidence.ensembles.ensemble.nll <= evidence.ensembles.single.nll
-    assert claim.raw == evidence.ensembles.ensemble.balanced
+    own = evidence.ensembles.ensemble
+    assert own.whole["nll"] <= evidence.ensembles.single.whole["nll"]
+    assert claim.raw == own.whole["balanced"]
     assert ("Recommended" in card.notes[0]) == (evidence.ensembles.recommended == "ensemble")
 
 
@@ -168,6 +171,35 @@ def test_fresh_seeds_choose_nothing_and_say_what_finalists_are_worth(repeated: P
     assert not any("+" in name for expert in found.ensembles.members for name in [expert.name])
 
 
+@pytest.mark.parametrize(("images", "first"), [(20, False), (8, True)])
+def test_finalists_are_ordered_by_what_decides(repeated: Path, images, first):
+    rows, control = records.read_trials(repeated).to_pylist(), load(repeated).chosen["control"].id
+    sure = {"m.val.fitted_nll": 0.01, "m.val.fitted_balanced": 0.1}
+    again = [row["trial"].startswith(f"{control}+") for row in rows]
+    rows = [
+        {**row, "m.val.fewest_images": images, **(sure if own else {})} for row, own in zip(rows, again, strict=True)
+    ]
+    records.write_trials(repeated, rows)
+    listing = decide.finalists(Evidence(load(repeated)))
+    assert [("control" in row[0].text) for row in listing.table.rows] == [first, not first]
+
+
+def test_short_schedules_of_several_runs_are_judged_run_by_run(tmp_path: Path):
+    runs = []
+    for name, sign in (("fair", 1), ("unfair", -1)):
+        run = make_run(tmp_path / name, trials=4, classes=12, failed=0)
+        short = [
+            {**row, "share": 0.3, "objective": float(row["number"])} for row in records.read_trials(run).to_pylist()
+        ]
+        long = [
+            {**row, "trial": f"{row['trial']}.1", "share": 1.0, "objective": sign * row["objective"]} for row in short
+        ]
+        records.write_trials(run, [*short, *long])
+        runs.append(load(run))
+    found = [light.text for light in decide.lights(Evidence(merged(runs))) if "hort schedules" in light.text]
+    assert len(found) == 1 and found[0].startswith("Short schedules of unfair (30 % of the full length)")
+
+
 def test_what_half_of_the_fresh_seeds_reach(repeated: Path):
     found = Evidence(load(repeated))
     seeds = [[one for again in found.fresh.values() for one in again if one.row["seed"] == seed] for seed in (1, 2)]
@@ -218,24 +250,35 @@ def test_models_of_one_size_have_no_card_for_small_ones(evidence):
 
 def test_a_rival_of_the_ensemble_that_is_more_often_right_is_named(evidence):
     found = evidence.ensembles
-    better = replace(found.ensemble, name="best 2 averaged", out_balanced=estimates.Estimate(0.987, 0.9, 1.0))
+    better = replace(found.ensemble, name="best 2 averaged", balanced=estimates.Estimate(0.987, 0.9, 1.0))
     card = cards.ensemble_card(evidence, replace(found, baselines=[better]))
     assert "The NLL chose it" in card.notes[0] and "best 2 averaged reaches 98.7 %" in card.notes[0]
-    worse = replace(better, out_balanced=estimates.Estimate(0.0, 0.0, 0.0))
+    worse = replace(better, balanced=estimates.Estimate(0.0, 0.0, 0.0))
     assert "The NLL chose it" not in cards.ensemble_card(evidence, replace(found, baselines=[worse])).notes[0]
+
+
+def test_all_scores_of_the_ensemble_are_cross_fitted_and_those_of_its_export_are_told(evidence, deck):
+    card, claim = claims(deck)["Best ensemble"]
+    own = evidence.ensembles.ensemble
+    assert card.facts["Members"] == str(len(own.members))
+    assert card.how == "cross-fitted" and claim.corrected == card.scores["balanced"]
+    sizes = {name: len(evidence.run.groups[name]) for name in GROUPS}
+    mean = sum(card.scores[name].value * n for name, n in sizes.items()) / sum(sizes.values())
+    assert mean == pytest.approx(claim.corrected.value, abs=1e-6)
+    assert all(found.low < found.value < found.high for found in card.scores.values())
+    assert any(card.scores[name].value != own.whole[name] for name in GROUPS)
+    star = trade.head_tail(evidence).blocks[0].table.rows[len(evidence.front)]
+    assert star[0].text == "best ensemble, cross-fitted"
+    assert [cell.value for cell in star[3:6]] == [card.scores[name].value for name in GROUPS]
+    told = ", ".join(f"{name} {100 * own.whole[name]:.1f}" for name in ("balanced", *GROUPS))
+    assert any(told in note and "as an export reproduces" in note for note in card.notes)
+    assert {other.how for other in deck} == {"as measured", "cross-fitted"}
 
 
 @pytest.fixture
 def sparse(tmp_path: Path) -> Evidence:
     """A run with 8 validation images per class, of which accuracy and NLL choose another trial."""
-    run = make_run(tmp_path / "run", trials=12, classes=12, each=8, failed=0)
-    worst = min(load(run).finished[1:4], key=lambda trial: trial.val["fitted_balanced"])
-    row = records.read_predictions(run / worst.row["predictions_val"])
-    sure = row.logits["main"] + 1.5 * np.eye(12, dtype=np.float32)[row.target]  # seldom right, never far off
-    spoilt = np.where((np.arange(len(sure)) % 2)[:, None] == 0, 0.05 * sure, sure)
-    predictions(run, worst.row["predictions_val"], row.counts, {"main": spoilt}, row.target)
-    change(run, worst.row["number"], **recorded(spoilt, row.target, row.counts))
-    return Evidence(load(run))
+    return Evidence(load(disagreeing(tmp_path / "run", 8)))
 
 
 def group_nll(evidence: Evidence, classes: np.ndarray) -> np.ndarray:
@@ -250,7 +293,7 @@ def group_nll(evidence: Evidence, classes: np.ndarray) -> np.ndarray:
 
 
 def test_with_few_images_per_class_the_nll_chooses(sparse: Evidence):
-    assert sparse.criterion.by == "NLL"
+    assert sparse.run.criterion.by == "NLL"
     whole, few = group_nll(sparse, np.arange(12)), group_nll(sparse, sparse.run.groups["few"])
     points, c = sparse.points, sparse.control
     assert sparse.best == whole.argmin() and whole.min() == pytest.approx(sparse.trials[0].val["fitted_nll"], abs=1e-3)
@@ -280,7 +323,7 @@ def test_the_correction_chooses_by_the_nll_in_every_draw(sparse: Evidence):
 def test_the_page_says_what_ranks_models_and_why(sparse: Evidence, evidence: Evidence):
     section = decide.section(sparse, cards.cards(sparse))
     assert "ranked by NLL" in section.lead and "have only 8 validation images; below 20" in section.lead
-    assert ("NLL: " + sparse.criterion.why) in dict(decide.facts(sparse, [])).values()
+    assert ("NLL: " + sparse.run.criterion.why) in dict(decide.facts(sparse, [])).values()
     html = report.render(report.build(sparse.run))
     assert "chosen by NLL;" in html and "The best on balance by NLL, " in html
     assert any(note.startswith("By balanced NLL") for card in cards.cards(sparse) for note in card.notes)

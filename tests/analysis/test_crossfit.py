@@ -33,6 +33,19 @@ def test_out_of_fold_scores_are_those_of_a_loop():
         assert hits[n] == np.mean([row.argmax() == own for row in rows])
 
 
+def test_groups_are_scored_by_what_did_not_see_them():
+    panel = noisy(3, 0, seed=2)
+    bench = Bench(panel, times=200)
+    judged = bench.judged(lambda _, fold: equal([fold % 3], 10))
+    found = bench.score("another in every fold", judged, judged)
+    hits = crossfitted(panel.logits, panel.target, bench.parts, judged.mixtures[:-1])[1]
+    by_class = np.array([hits[panel.target == c].mean() for c in range(10)])
+    for group, classes in panel.groups.items():
+        assert found.groups[group].value == pytest.approx(by_class[classes].mean())
+    right = [np.mean(panel.logits[1][panel.target == c].argmax(1) == c) for c in range(10)]
+    assert {name: found.whole[name] for name in panel.groups} == metrics.group_means(np.array(right), panel.groups)
+
+
 def test_estimates_are_means_over_classes():
     panel = noisy(1, 1, seed=0, classes=4, each=6)
     bench = Bench(panel, times=300)
@@ -52,10 +65,15 @@ def test_a_score_beside_the_single_expert():
     single, both = (bench.judged(lambda *_, members=members: equal(members, 10)) for members in ([0], [0, 1]))
     found, z = bench.score("both", both, single), equal([0, 1], 10).of(panel.logits)
     assert found.members == ("0000", "0001") and found.passes == 2 and found.cost == 20
-    assert found.nll == metrics.balanced_nll(z, panel.target, 10)
-    assert found.balanced == pytest.approx(np.mean(z.argmax(1) == panel.target))
-    assert found.out_nll.value == pytest.approx(found.nll, abs=1e-5), "nothing was chosen"
+    assert found.whole["nll"] == metrics.balanced_nll(z, panel.target, 10)
+    assert found.whole["balanced"] == pytest.approx(np.mean(z.argmax(1) == panel.target))
+    cross_fitted = {"nll": found.nll, "balanced": found.balanced, **found.groups}
+    for name, own in cross_fitted.items():
+        assert own.value == pytest.approx(found.whole[name], abs=1e-5), "nothing was chosen"
+        assert own.low < own.value < own.high
     alone = bench.score("one", single, single)
     assert alone.gain_nll.value == alone.gain_nll.low == alone.gain_nll.high == 0
-    assert found.gain_nll.value == pytest.approx(alone.nll - found.nll, abs=1e-5)
-    assert found.gain_groups["few"].value == pytest.approx(found.groups["few"] - alone.groups["few"], abs=1e-6)
+    assert found.gain_nll.value == pytest.approx(alone.nll.value - found.nll.value, abs=1e-5)
+    assert found.gain_groups["few"].value == pytest.approx(
+        found.groups["few"].value - alone.groups["few"].value, abs=1e-6
+    )

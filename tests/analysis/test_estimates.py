@@ -175,6 +175,25 @@ def test_intervals_over_seeds_and_images_cover_the_recipe(runs: int):
     assert 0.9 <= np.mean(held) <= 0.98
 
 
+def test_fresh_seeds_of_a_chosen_recipe_cover_it_and_the_seed_that_chose_it_does_not():
+    errors, held, naive, gains = [], [], [], []
+    for seed in range(80):
+        made = synthetic.sample(seed, trials=20, classes=20, each=10, seeds=4, wobble=0.05)
+        first = resample.grouped(made.hits[::4], made.target, made.groups)["balanced"][0]
+        chosen, truth = int(first.argmax()), made.true("balanced")[::4]
+        rows = [4 * i + k for i in (chosen, 0) for k in range(4)]
+        draws = resample.draws(made.target, 200, seed)
+        own, *fresh = resample.grouped(made.hits[rows], made.target, made.groups, draws)["balanced"].T
+        found, other = estimates.seeds(fresh[:3], seed), fresh[4:]
+        errors.append((first[chosen] - truth[chosen], found.value - truth[chosen]))
+        held.append(covered(found, truth[chosen]))
+        naive.append(covered(estimates.estimate(first[chosen], own), truth[chosen]))
+        gains.append(covered(estimates.apart(fresh[:3], other, seed), truth[chosen] - truth[0]))
+    flattered, fair = np.mean(errors, 0)
+    assert flattered > 0.03 and abs(fair) < 0.25 * flattered
+    assert np.mean(naive) < 0.85 and 0.9 <= np.mean(held) <= 0.99 and np.mean(gains) >= 0.9
+
+
 def test_seeds_that_differ_widen_the_interval_and_one_seed_cannot():
     drawn = np.random.default_rng(0).normal(0.5, 0.01, 2000)
     alone = estimates.seeds([drawn])

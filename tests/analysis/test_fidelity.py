@@ -110,6 +110,8 @@ def test_what_the_short_schedules_dropped():
     assert (middle.share, middle.trained, middle.promoted, middle.dropped) == (pytest.approx(1 / 3), 2, 1, ["1.1"])
     assert (full.share, full.trained, full.promoted, full.dropped) == (1, 1, 0, ["7.2"])
     assert stopped([row("0", share=1.0), row("1", share=None)]) == []
+    sparse = [{**own, "m.val.fitted_nll": float(own["number"]), "m.val.fewest_images": 8.0} for own in rows]
+    assert stopped(sparse)[0].dropped == ["0", "2", "3", "5"], "on few images the NLL tells the best"
 
 
 def test_curves_of_every_stage(tmp_path):

@@ -12,6 +12,8 @@ from rayltr import records, summary
 from rayltr.metrics import TAUS
 from tests.analysis.conftest import change, make_run
 
+ENSEMBLE = {"many": Estimate(0.8, 0.78, 0.82), "medium": Estimate(0.7, 0.6, 0.8), "few": Estimate(0.6, 0.5, 0.7)}
+
 
 @pytest.fixture(scope="module")
 def evidence(shared: Path) -> Evidence:
@@ -35,11 +37,17 @@ def test_the_front_listed_is_not_dominated_and_has_shares_and_intervals(evidence
 
 
 def test_the_front_figure_lists_front_fitted_and_raw(evidence: Evidence):
-    figure = fronts.head_tail(evidence, {"many": 0.8, "medium": 0.7, "few": 0.6})
+    figure = fronts.head_tail(evidence, ENSEMBLE)
     assert figure is not None
     kinds = [row[0].text for row in figure.table.rows]
     assert kinds.count("fitted") == kinds.count("raw") == 15 and kinds.count("front") == len(evidence.front)
-    assert "best ensemble" in [key.text for key in figure.keys]
+    (row,) = [row for row in figure.table.rows if row[0].text == "best ensemble, cross-fitted"]
+    assert [(cell.value, cell.low, cell.high) for cell in row[3:6]] == [
+        (own.value, own.low, own.high) for own in ENSEMBLE.values()
+    ]
+    assert any("best ensemble, cross-fitted" in key.text for key in figure.keys)
+    alone = fronts.head_tail(evidence, None)
+    assert alone is not None and "ensemble" not in alone.caption + str(alone.keys) + str(alone.table)
 
 
 def test_the_area_grows_with_the_trials_and_exceeds_that_of_the_control(evidence: Evidence):
@@ -107,7 +115,7 @@ def test_effects_are_listed_for_every_score(evidence: Evidence):
 
 
 def test_colours_and_marks_tell_kinds_apart_on_their_own(evidence: Evidence):
-    figure = fronts.head_tail(evidence, {"many": 0.8, "medium": 0.7, "few": 0.6})
+    figure = fronts.head_tail(evidence, ENSEMBLE)
     assert figure is not None
     marks = [(key.symbol, key.line > 0, key.dash) for key in figure.keys]
     assert len(set(marks)) == len(marks), "without any colour"

@@ -1,6 +1,8 @@
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +25,8 @@ def test_every_finished_trial_has_scores_and_a_curve(small: Path):
         assert np.mean(trial.per_class) == pytest.approx(trial.val["fitted_balanced"], abs=0.005)
         assert trial.heads == ("main",)
     assert [bool(trial.test) for trial in loaded.trials] == [number in (3, 4) for number in range(9)]
-    nll = [trial.val["fitted_nll"] for trial in loaded.measured]
-    assert nll == sorted(nll)
+    balanced = [trial.val["fitted_balanced"] for trial in loaded.measured]
+    assert balanced == sorted(balanced, reverse=True) and loaded.chosen["balanced"] is loaded.measured[0]
 
 
 def test_hits_and_curves_are_those_of_every_tau_on_its_own(small: Path):
@@ -169,6 +171,16 @@ def test_runs_on_the_same_images_are_merged_under_their_names(two: tuple[Path, P
     np.testing.assert_array_equal(z, load(two[1]).logits(load(two[1]).trials[2]))
     alone = load(two[0])
     assert merged([alone]) is alone
+
+
+def test_runs_in_folders_of_one_name_are_told_apart(two: tuple[Path, Path], tmp_path: Path):
+    names = ["x/run", "run-1", "y/run", "z/run"]
+    runs = [load(shutil.copytree(two[0], tmp_path / "runs" / name)) for name in names]
+    found = merged(runs)
+    assert [part.trials[0].run for part in found.parts] == ["run-2", "run-1", "run-3", "run-4"]
+    assert len({trial.id for trial in found.trials}) == 4 * 3 and len(found.ranked) == 4 * 2
+    below = merged([replace(run, folder=f"{run.folder}/.") for run in runs[1:3]])
+    assert [part.trials[0].run for part in below.parts] == ["run-1", "run"]
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def test_rungs_that_rank_poorly_are_warned_of(small: Path):
     records.write_trials(small, [*short, *full])
     found = page(small)
     assert "ranked recipes poorly: Kendall's τ -1.00 over 4 recipes" in found.text
-    assert found.tables["Do short schedules rank fairly?"][1][-2:] == ["-1.00", "poor"]
+    assert found.tables["Do short schedules rank fairly?"][1][-2:] == ["−1.00", "poor"]
     dropped = found.tables["What early stopping dropped"]
     assert dropped[1][1:5] == ["all recipes", "–", "6", "4"]
 

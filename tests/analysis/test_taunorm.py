@@ -125,6 +125,8 @@ def test_both_corrections_stand_side_by_side_and_their_curves_are_drawn(run: Pat
     assert len(taus.normed(found).rows) == 2 * len(taunorm.POWERS)
     figure = taus.along_tau(found)
     assert f"tau-norm of {best.id}" in [key.text for key in figure.keys]
+    peak = 100 * norm.scores["balanced"].max()
+    assert "power t" in figure.caption and f"{peak:.1f} % ({best.id})" in figure.caption and "tau-norm" in figure.says
     at = figure.table.columns.index("tau-norm of the best %")
     shown = [row[at].value for row in figure.table.rows if row[at].value is not None]
     np.testing.assert_array_equal(shown, norm.scores["balanced"])
@@ -145,20 +147,27 @@ def test_with_as_many_features_as_classes_the_constant_is_unknown_and_that_is_sa
 
 
 @pytest.mark.parametrize("name", ["cosine", "lws"])
-def test_what_is_no_linear_head_is_left_out_without_a_word(run: Path, name: str):
+def test_what_is_no_linear_head_is_said_to_be_none(run: Path, name: str):
     f, target = features(0)
     for number in (0, 1):
         put(run, number, head(name, number), f, target)
-    assert Evidence(load(run)).normed == ({}, "")
+    found = Evidence(load(run))
+    ids = " and ".join(trial.id for trial in found.shown.values())
+    assert found.normed == ({}, f"No tau-norm of {ids}: its classifier is not one linear layer with a bias.")
 
 
-def test_logits_that_are_not_of_the_stored_head_are_left_out(run: Path):
+def test_logits_that_are_not_of_the_stored_head_are_said_to_be_others(run: Path):
     for number in (0, 1):
         row = records.read_trials(run).to_pylist()[number]
         stored = records.read_predictions(run / row["predictions_val"])
         z = stored.logits["main"] + np.random.default_rng(0).normal(size=stored.logits["main"].shape)
         predictions(run, row["predictions_val"], stored.counts, {"main": z}, stored.target)
-    assert Evidence(load(run)).normed == ({}, "")
+    found = Evidence(load(run))
+    ids = " and ".join(trial.id for trial in found.shown.values())
+    assert found.normed == ({}, f"No tau-norm of {ids}: its logits are not those of its linear classifier alone.")
+    assert found.normed[1] in [getattr(block, "text", "") for block in trade.tau(found).blocks]
+    figure = taus.along_tau(found)
+    assert "tau-norm" not in f"{figure.caption} {figure.says} {figure.table.columns}".lower()
 
 
 def test_weights_that_are_gone_or_damaged_are_said_to_be(run: Path):

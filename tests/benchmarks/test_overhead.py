@@ -43,10 +43,10 @@ def test_a_chain_in_one_run_has_the_same_processes_in_every_stage(notes):
     ("by_search", "first_step", "broken"), [(0.3, 5.0, 0), (0.3, 15.5, 1), (0.41, 5.0, 1), (0.2, 5.0, 0)]
 )
 def test_a_broken_limit_is_a_failure(by_search, first_step, broken, capsys):
-    assert overhead.judged(by_search, 0.25, [overhead.Chain(20.0, ONE), overhead.Chain(first_step, ONE)]) == broken
+    assert overhead.judged(by_search, 0.25, [overhead.Chain(12.0, ONE), overhead.Chain(first_step, ONE)]) == broken
     said = capsys.readouterr().out
     assert f"{by_search:.3f} by the search   0.250 directly" in said and f"{by_search / 0.25:.2f} times" in said
-    assert f"first step on 2 workers {first_step:11.3f} s" in said and "20.000 s" in said
+    assert f"first step on 2 workers {first_step:11.3f} s" in said and "12.000 s" in said
     assert "one Train run" in said and "more than" not in said
 
 
@@ -57,7 +57,7 @@ def test_a_second_run_is_a_failure(capsys):
 
 
 def test_a_slow_first_trial_is_a_failure(capsys):
-    assert overhead.judged(0.3, 0.25, [overhead.Chain(26.0, ONE), overhead.Chain(5.0, ONE)]) == 1
+    assert overhead.judged(0.3, 0.25, [overhead.Chain(15.5, ONE), overhead.Chain(5.0, ONE)]) == 1
 
 
 def test_the_steps_of_the_next_trial_do_not_count():

@@ -89,9 +89,9 @@ def read(folder, name="ensemble.json"):
 def test_predictions_reproduce_the_validation_scores_of_the_report(several, shipped, pictures, target, tmp_path):
     promised, told = ensembles.study(several), read(shipped)
     balanced, nll = measured(predicted(shipped, pictures, tmp_path / "out.parquet"), target)
-    assert balanced == promised.ensemble.balanced == told["validation"]["balanced"]
-    assert nll == pytest.approx(promised.ensemble.nll, abs=TOLERANCE)
-    assert told["validation"]["nll"] == promised.ensemble.nll
+    assert balanced == promised.ensemble.whole["balanced"] == told["validation"]["balanced"]
+    assert nll == pytest.approx(promised.ensemble.whole["nll"], abs=TOLERANCE)
+    assert told["validation"] == promised.ensemble.whole
     assert len(promised.members) > 1 and [e.trial for e in promised.members] == [m["trial"] for m in told["members"]]
 
 

@@ -66,7 +66,7 @@ def test_the_card_says_how_the_model_was_chosen_and_what_it_is(run, model, tmp_p
     records.append_trial(copy, {**records.read_trials(copy).to_pylist()[0], "trial": "0001"})
     for options, told in (
         (["--trial", "1"], "It was named by hand, one of 2 complete trials."),
-        (["--best", "few"], "It was chosen on validation, for the best `few` of 2 complete trials."),
+        (["--best", "few"], "It was chosen on validation, for the best `few` of 2 complete trials, by accuracy: "),
     ):
         assert did(export, copy, *options, "--out", tmp_path / "model") == 0
         assert told in (tmp_path / "model" / "README.md").read_text()
