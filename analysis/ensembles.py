@@ -14,7 +14,8 @@ from analysis.estimates import Estimate
 from analysis.experts import Expert, Floats, Indices, Panel, experts
 from analysis.greedy import MODES, Condensed, greedy, select, weighted
 from analysis.outofbag import Rechosen, draws, rechosen
-from analysis.routing import ENOUGH, Mixture, equal, plain, routed
+from analysis.routing import Mixture, equal, plain, routed
+from rayltr.choice import ENOUGH
 
 LIMIT = 5
 """Distinct members at most, because each costs a whole network."""

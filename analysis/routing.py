@@ -14,7 +14,6 @@ from scipy.special import softmax
 
 from analysis.experts import Floats, Indices, normalised
 from analysis.greedy import TINY, Condensed, weighted
-from rayltr.choice import ENOUGH as ENOUGH
 
 PULL = 0.01
 """L2 penalty, in nats, on the distance of the weights from equal ones and on the biases (mean over slots)."""

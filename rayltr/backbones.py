@@ -59,14 +59,14 @@ class Block(nn.Module):
 
     def __init__(self, inside: int, out: int, stride: int):
         super().__init__()
-        self.stride, self.missing = stride, (out - inside) // 2
+        self.stride, self.missing = stride, out - inside
         self.conv1, self.bn1 = nn.Conv2d(inside, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
         self.conv2, self.bn2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         if self.missing:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.missing, self.missing))
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.missing // 2, -(-self.missing // 2)))
         return F.relu(x + y)
 
 

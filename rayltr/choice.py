@@ -13,7 +13,7 @@ BEST = ("balanced", "many", "few")
 
 ACCURACY, NLL = "accuracy", "NLL"
 ENOUGH = 20
-"""Validation images that every class needs before accuracy decides."""
+"""Validation images that every class needs before accuracy decides, or it has weights of its own in an ensemble."""
 
 SEEDS = 3
 """Fresh seeds of each finalist."""

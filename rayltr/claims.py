@@ -111,10 +111,15 @@ def alive(held: dict[str, Any]) -> bool:
         return time.time() - held.get("time", 0) < EXPIRY_S
     if held["pid"] == os.getpid():
         return held.get("owner") in HELD
-    if state(held["pid"]) == "Z" or len({began(held["pid"]), held.get("began")} - {None}) > 1:
+    return running(held["pid"], held.get("began"))
+
+
+def running(pid: int, since: int | None) -> bool:
+    """Whether a process of this machine that began then, if that is known, has not ended."""
+    if state(pid) == "Z" or len({began(pid), since} - {None}) > 1:
         return False
     try:
-        os.kill(held["pid"], 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
@@ -172,10 +177,10 @@ def end_with_parent() -> None:
     A worker can outlive it, waiting for ever to report an epoch: with its claims, and with its memory on the GPU.
     """
     parent = int(os.environ.get("RAY_RAYLET_PID", os.getppid()))  # it may be gone by now, and an heir has taken over
-    raylet = {"host": socket.gethostname(), "pid": parent, "began": began(parent)}
+    since = began(parent)
 
     def watch() -> None:
-        while alive(raylet):
+        while running(parent, since):
             time.sleep(BEAT_S)
         os._exit(1)
 

@@ -106,7 +106,7 @@ def relayed(
 ) -> dict[str, Any]:
     """The value that the first worker returned; what it put into the queue meanwhile goes to `report`.
 
-    leave: whether to give up; asked while no worker has begun, for later they ask themselves.  Raises
+    leave: whether to give up; asked while the workers wait for machines, else they ask themselves.  Raises
     InterruptedError then, `Lost` where a machine of the workers is gone, and otherwise what is `meant`.
     """
     outcome: dict[str, Any] = {}
@@ -125,7 +125,7 @@ def relayed(
             try:
                 record = queue.get(timeout=POLL_S)
             except Empty:
-                if not begun and leave():
+                if (not begun or any(map(gone, nodes))) and leave():
                     raise InterruptedError("told to stop") from None
                 continue
             if RESERVED in record:

@@ -16,6 +16,8 @@ from rayltr.interface import Lane
 
 ENTRIES = ("forward", "tokens")
 """What methods call of a network."""
+STRUCTURES = 64
+"""So many networks, sizes of images and of batches a process compiles (torch's limit is 8); others stay as they are."""
 
 
 class Compiled(Lane):
@@ -30,7 +32,8 @@ class Compiled(Lane):
         for network, entry in changed:
             setattr(network, entry, torch.compile(getattr(network, entry), dynamic=False, **self.how))
         try:
-            yield
+            with torch._dynamo.config.patch(recompile_limit=STRUCTURES):
+                yield
         finally:
             for network, entry in changed:
                 delattr(network, entry)

@@ -89,7 +89,10 @@ class State:
 
 
 class Lane:
-    """How a training run shares its process with others: this one has it to itself (see `rayltr.stacked`)."""
+    """How the networks of a training run are computed.
+
+    Here as they are, in a process of the run's own; see `rayltr.stacked` and `rayltr.compiled` for other ways.
+    """
 
     members = 1
     """The runs that share the process."""
@@ -117,8 +120,8 @@ class Resources:
     """Where and how fast, never what: nothing here is part of a stage's identity.
 
     device: "cpu", "cuda" or None for what there is.  threads: CPU threads of this process, None leaves them.
-    snapshot_s: seconds between snapshots (the most that a crash can cost, besides one epoch).  lane: of this process,
-    where several trials share it.
+    snapshot_s: seconds between snapshots (the most that a crash can cost, besides one epoch).  lane: how networks are
+    computed.
     """
 
     device: str | None = None

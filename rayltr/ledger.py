@@ -33,7 +33,7 @@ class Settings:
     ahead: proposals drawn in advance to begin with what is trained already.  finalists: recipes that are trained again
     with other seeds at the end.  ablate: whether the best recipe is trained with each of its choices set back.
     cpus, gpus: per worker process.  concurrent: trials at once, 0 for as many as fit; each of them may be up to `stack`
-    trials that are trained as one.
+    trials that are trained as one.  compile: whether networks are compiled before they are trained.
     """
 
     run: str
@@ -202,7 +202,7 @@ class Ledger:
 
 def death(said: str) -> dict[str, Any]:
     """The result of a trial whose process is gone, from what Ray says of it: killed, or an error before the trial."""
-    errors = re.findall(r"^\w[\w.]*Error: .*", said, re.MULTILINE)  # the last one is what it ended by
+    errors = re.findall(r"^\w[\w.]*Error\b.*", said, re.MULTILINE)  # the last one is what it ended by
     error = errors[-1] if errors else "the process of the trial died (killed, or out of memory)"
     return {"state": "memory", "error": error, "traceback": f"{said}\n{error}".strip()}
 

@@ -48,7 +48,8 @@ class Proposals:
         self.study.sampler = sampler
         rows = {row["number"]: row for row in ended(run) if not rung_of(row) and not repeated(row)}
         self._reopen(rows)
-        self.lost = [(own, one) for own, one in self.own().items() if one.state.is_finished() and own not in rows]
+        over = {own: one for own, one in self.own().items() if own < trials and one.state.is_finished()}
+        self.lost = [(own, one) for own, one in over.items() if own not in rows]
         begun = "numbers" in self.study.user_attrs  # said when all are laid down, so a crash in between shows
         known = len(self.own())
         for position, point in enumerate(laid_out(trials, () if begun else starts)):

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from rayltr.catalogue import complete
+from rayltr.compiled import Compiled
 from rayltr.data import Data, Split, load
-from rayltr.interface import Diverged, Resources, State
+from rayltr.interface import ALONE, Diverged, Resources, State
 from rayltr.spec import RandomTrial, Stage, chain, mapped, parents
 from rayltr.studies import CONTROL, STUDY, find
 from rayltr.train import train
@@ -58,12 +59,13 @@ def spread(split: Split, size: int) -> Split:
 def peak(settings: Any) -> tuple[int, int]:
     """(the most bytes that a trial of a search takes of a GPU, bytes that the GPU has), measured on the GPU here."""
     study, most, device = find(settings.plan.study), 0, Resources().place()
+    resources = Resources(threads=settings.cpus, lane=Compiled() if settings.compile else ALONE)
     free, total = torch.cuda.mem_get_info()  # what is not free is what every process takes for itself
     for point in points(study):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         with suppress(Diverged):
-            rehearse(settings.plan.stage(study, point), Resources(threads=settings.cpus), whole=True)
+            rehearse(settings.plan.stage(study, point), resources, whole=True)
         most = max(most, torch.cuda.max_memory_reserved(device))
     return most + total - free, total
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -56,10 +57,10 @@ class Agent(Searcher):
         return {**config(job), "beside": beside} if beside else config(job)
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        if group := self.ledger.reserved.pop(trial_id, ""):
-            release(group)
         if not error:  # else the listener is called next, and told why
             self.ledger.end(trial_id)
+        if group := self.ledger.reserved.pop(trial_id, ""):
+            release(group)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: see the ledger."""
@@ -95,8 +96,9 @@ class Listener(tune.Callback):
         self.ledger.heard(trial.trial_id, result)
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        node = self.ledger.nodes.get(trial.trial_id)
-        said = Path(trial.error_file).read_text(errors="replace")
+        node, said = self.ledger.nodes.get(trial.trial_id), ""
+        with suppress(OSError, TypeError):  # a full disk has no room for the file, either
+            said = Path(trial.error_file).read_text(errors="replace")
         self.ledger.end(trial.trial_id, death(said), lost=node is not None and gone(node))
 
 
@@ -144,7 +146,8 @@ def searched(settings: Settings, progress: Progress) -> bool:
         return True
     settings = placed(settings, progress)
     signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    left = max(jobs(settings.trials, settings.fidelity) - sum(not repeated(row) for row in ended(settings.run)), 1)
+    over = sum(not repeated(row) and row["number"] < settings.trials for row in ended(settings.run))
+    left = max(jobs(settings.trials, settings.fidelity) - over, 1)
     first = Ledger(settings, proposals, agenda, progress, Boards(settings.run))
     if not trained(settings, first, left):
         return False

@@ -5,7 +5,7 @@ import torchvision as torchvision_library
 from torch import nn
 from torch.nn import functional as F
 
-from rayltr.backbones import BACKBONES, Branched, Normalised, branched
+from rayltr.backbones import BACKBONES, Block, Branched, Normalised, branched
 
 SMALL = {
     "resnet20": ({}, 32),
@@ -87,6 +87,17 @@ def test_the_shortcut_subsamples_and_pads_channels_on_both_sides():
     expected = torch.zeros(1, 32, 16, 16)
     expected[:, 8:24] = x[:, :, 0::2, 0::2]
     torch.testing.assert_close(first(x), expected)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_network_may_have_any_width(width):
+    """Of an odd number of channels that the shortcut lacks, one more comes behind."""
+    assert BACKBONES["resnet20"](width=width)(torch.rand(2, 3, 8, 8)).shape == (2, 4 * width)
+    block = Block(width, 2 * width, 2)
+    for p in block.parameters():
+        torch.nn.init.zeros_(p)
+    x = torch.rand(1, width, 4, 4)
+    assert torch.equal(block(x)[:, width // 2 : width // 2 + width], x[:, :, ::2, ::2])
 
 
 def test_convolutions_start_kaiming_normal_by_fan_in():

@@ -62,18 +62,20 @@ def test_what_a_worker_raised_means_what_it_means_in_a_single_process(cause, sta
     assert verdict(cluster.meant(Failed(cause)), "/runs/own") == verdict(cause, "/runs/own") == state
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("rank", "gpus"), [(0, 0), (1, 0), (1, 1)])
 @pytest.mark.parametrize("error", [Diverged("the term 'loss' became nan"), InterruptedError("told to stop")])
-def test_what_ends_all_workers_alike_is_no_reason_to_start_them_again(monkeypatch, rank, error):
+def test_what_ends_all_workers_alike_is_no_reason_to_start_them_again(monkeypatch, rank, gpus, error):
     def ends(*arguments):
         raise error
 
     monkeypatch.setattr(trial, "for_search", ends)
-    monkeypatch.setattr(parallel, "joined", lambda *arguments: nullcontext())
+    joined = []
+    monkeypatch.setattr(parallel, "joined", lambda *arguments: joined.append(arguments) or nullcontext())
     monkeypatch.setattr(cluster.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: rank))
-    told, settings = [], SimpleNamespace(gpus=0, workers=2)
+    told, settings = [], SimpleNamespace(gpus=gpus, workers=2)
     config = {"queue": SimpleNamespace(put=told.append), "settings": settings, "name": "0000", "params": {}}
     found = cluster.loop(config)
+    assert [arguments[:3] for arguments in joined] == [("nccl" if gpus else "gloo", rank, 2)]
     if rank:
         assert found is None and not told
     else:
@@ -127,15 +129,16 @@ def test_a_machine_that_the_workers_had_left_before_they_died_is_no_excuse(place
         cluster.relayed(failing(Failed(Gone())), Relay({"reserved": "a"}, {"reserved": "b"}), lambda record: None)
 
 
-def test_a_trial_that_waits_for_machines_can_be_told_to_stop(placed):
+@pytest.mark.parametrize("records", [(), ({"reserved": "a"},)], ids=["the first ones", "another one"])
+def test_a_trial_that_waits_for_machines_can_be_told_to_stop(placed, records):
     waiting = SimpleNamespace(fit=threading.Event().wait)
     with pytest.raises(InterruptedError):
-        cluster.relayed(waiting, Relay(), lambda record: None, lambda: True)
+        cluster.relayed(waiting, Relay(*records), lambda record: None, lambda: True)
 
 
 def test_workers_that_have_begun_stop_by_themselves(placed):
     trainer = SimpleNamespace(fit=lambda: time.sleep(0.2) or SimpleNamespace(return_value={"trained": 1}))
-    assert cluster.relayed(trainer, Relay({"reserved": "a"}), lambda record: None, lambda: True) == {"trained": 1}
+    assert cluster.relayed(trainer, Relay({"reserved": "b"}), lambda record: None, lambda: True) == {"trained": 1}
 
 
 def test_workers_that_are_started_again_are_told_of(placed):

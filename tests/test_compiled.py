@@ -125,6 +125,19 @@ def test_a_traced_network_trains_to_the_same_bits(changes):
     same(trained(stage, Compiled(backend="eager")), trained(stage), rtol=0, atol=0)
 
 
+def test_a_process_compiles_one_structure_after_the_other_and_none_twice():
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, given):
+        graphs.append(graph)
+        return graph
+
+    for width in (*range(1, 11), 3):  # more than torch's own limit
+        trained(tiny(epochs=1, batch=64, backbone=fn("resnet20", width=width)), Compiled(backend=backend))
+    assert len(graphs) == 10
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not COMPILER, reason="compiling for a CPU needs a C++ compiler")
 def test_a_compiled_network_trains_to_the_same_up_to_the_order_of_sums():

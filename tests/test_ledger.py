@@ -99,6 +99,11 @@ def test_what_a_process_cannot_even_begin_with_is_recorded_as_it_is(ledger):
     assert error.splitlines()[-1] == "ModuleNotFoundError: No module named 'optuna'", "what is said of it"
 
 
+def test_an_error_that_says_nothing_is_told_from_a_death():
+    assert death("Traceback\n  assert ready\nAssertionError\n")["error"] == "AssertionError"
+    assert death("Worker exit type: SYSTEM_ERROR")["error"].startswith("the process of the trial died")
+
+
 def test_a_lost_machine_is_no_fault_of_its_trial_until_it_is_one_too_many(ledger):
     """It is run again beside the others; a trial that takes machine after machine down is run alone in the end."""
     for time in range(LOSSES):

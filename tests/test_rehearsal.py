@@ -126,7 +126,7 @@ def test_memory_is_measured_with_what_grows_with_the_number_of_images(name, memo
         monkeypatch.setattr(Plan, "stage", lambda *_, whole=whole: whole)
         memory.states.clear()
         memory.images = 0
-        used[size], total = rehearsal.peak(SimpleNamespace(plan=Plan(study="million_way"), cpus=1))
+        used[size], total = rehearsal.peak(SimpleNamespace(plan=Plan(study="million_way"), cpus=1, compile=False))
         assert total == 100 * 2**20 and memory.images <= 3 * 16, "a batch is prepared with, and one is trained on"
         last, state = memory.states[-1]
         images[size] = len({**state.model, **state.rows}[rows])

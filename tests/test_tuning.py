@@ -53,6 +53,12 @@ def test_a_trial_whose_process_dies_ends_once_with_what_ray_says_of_it(heard, tm
     assert heard.released == ["group"]
 
 
+def test_a_trial_ends_as_well_where_the_disk_had_no_room_for_what_ray_says_of_it(heard, tmp_path):
+    for file in (None, tmp_path / "none"):
+        tuning.Listener(heard).on_trial_error(1, [], SimpleNamespace(trial_id="a", error_file=file))
+    assert [died["state"] for (_, died), _ in heard.ended] == ["memory", "memory"]
+
+
 def test_what_a_trial_held_for_its_workers_is_given_back_however_it_ends(heard):
     """Its workers' own process may have died and left it; nothing would ever run there again."""
     heard.reserved = {"a": "group"}
