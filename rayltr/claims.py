@@ -27,6 +27,8 @@ EXPIRY_S = 60.0
 """A claim of another machine that was not renewed for this long belongs to nobody."""
 HELD: set[str] = set()
 """The owners of the claims that this process holds, in whichever of its threads."""
+LOCK = threading.Lock()
+"""Of its threads, one at a time looks whether a claim stands: a claim that another one gives up meanwhile does not."""
 STOP = "stop"
 """In the folder of a run: its trials are to stop."""
 
@@ -43,10 +45,11 @@ class Claim:
     def release(self) -> None:
         self.over.set()
         self.beating.join()
-        with contextlib.suppress(OSError):
-            if self._still_mine():
-                self.files.delete_file(self.path)
-        HELD.discard(self.mine["owner"])
+        with LOCK:
+            with contextlib.suppress(OSError):
+                if self._still_mine():
+                    self.files.delete_file(self.path)
+            HELD.discard(self.mine["owner"])
 
     def _beat(self) -> None:
         while not self.over.wait(BEAT_S):
@@ -62,14 +65,12 @@ class Claim:
 def take(files: arrow.FileSystem, path: str) -> Claim | None:
     """The claim, unless somebody who is alive holds it."""
     mine = {"owner": uuid.uuid4().hex, **myself(), "time": time.time()}
-    held = read(files, path)
-    if held is not None and (alive(held) or not removed(files, path, held)):
-        return None
-    HELD.add(mine["owner"])  # before another thread can see the file
-    if created(files, path, mine):
+    with LOCK:
+        held = read(files, path)
+        if held is not None and (alive(held) or not removed(files, path, held)) or not created(files, path, mine):
+            return None
+        HELD.add(mine["owner"])
         return Claim(files, path, mine)
-    HELD.discard(mine["owner"])
-    return None
 
 
 def myself() -> dict[str, Any]:

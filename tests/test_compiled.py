@@ -1,8 +1,6 @@
 """Networks that are compiled while they are trained: which ones, that they give the same, and that nothing stays."""
 
 import json
-import os
-import shutil
 
 import pytest
 import torch
@@ -18,7 +16,6 @@ from tests.conftest import tiny
 from tests.methods.test_methods import METHODS, TAUGHT, asked
 
 ONE = Resources(device="cpu", threads=1)
-COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 
 
 @pytest.fixture
@@ -139,7 +136,8 @@ def test_a_process_compiles_one_structure_after_the_other_and_none_twice():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not COMPILER, reason="compiling for a CPU needs a C++ compiler")
-def test_a_compiled_network_trains_to_the_same_up_to_the_order_of_sums():
+def test_a_network_of_decomposed_operations_trains_to_the_same_up_to_the_order_of_sums():
+    """All but the generation of code, which takes torch a minute (`python -m benchmarks.epoch --compile` has it)."""
     stage = tiny(epochs=1, batch=64, optimiser=fn("sgd", lr=0.01))
-    same(trained(stage, Compiled()), trained(stage), rtol=1e-3, atol=1e-4)
+    decomposed = Compiled(backend="aot_eager_decomp_partition")
+    same(trained(stage, decomposed), trained(stage), rtol=1e-3, atol=1e-4)
