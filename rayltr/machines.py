@@ -35,6 +35,8 @@ ENVIRONMENT = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 COORDINATOR = "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator"
+READY_S = 10.0
+"""So long a search waits at most for its process."""
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 
@@ -89,7 +91,8 @@ def started(dashboard: bool) -> Any:
 def hasten() -> None:
     """Starts what Ray Train asks for machines, for whose process the first trial of several workers would wait."""
     with suppress(ImportError, AttributeError):  # then Ray Train starts it
-        import_module(COORDINATOR).get_or_create_autoscaling_coordinator()
+        process = import_module(COORDINATOR).get_or_create_autoscaling_coordinator()
+        ray.wait([process.__ray_ready__.remote()], timeout=READY_S)
 
 
 def fitted(cpus: int, gpus: float, workers: int, concurrent: int, growing: int = 0) -> tuple[float, int, int]:
