@@ -123,8 +123,8 @@ def doubt(note: Mapping[str, Any]) -> str:
 
 def purpose(info: Mapping[str, Any]) -> str:
     counts, size = info["data"]["counts"], info["data"]["size"]
-    return f"""An image classifier for {len(counts)} classes, trained on {sum(counts)} images with a long-tailed class
-frequency ({max(counts)} to {min(counts)} images per class). Input: RGB, {size[0]} x {size[1]} pixels, values in
+    return f"""An image classifier for {len(counts)} classes, trained on {sum(counts)} images,
+{max(counts)} to {min(counts)} of each class. Input: RGB, {size[0]} x {size[1]} pixels, values in
 [0, 1]."""
 
 

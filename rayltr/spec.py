@@ -116,7 +116,8 @@ def scaled(stage: Stage, epochs: int) -> Stage:
     if not trained:
         return stage
     if epochs < len(trained):
-        raise ValueError(f"{epochs} epochs are too few for a chain of {len(trained)} training stages")
+        n = len(trained)
+        raise ValueError(f"{epochs} epochs are too few for a chain of {n} training stages: give it {n} or more")
     total, cuts, done, given = sum(s.epochs for s in trained), {}, 0, 0
     for position, s in enumerate(trained):
         done += s.epochs
